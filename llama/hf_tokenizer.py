@@ -140,7 +140,7 @@ _TEMPLATES = {
         "Write a response that appropriately completes the request.\n\n"
         "### Instruction:\n{{ m['content'] }}\n\n### Response:"
         "{% else %}"
-        "\n\n### {{ 'Input' if system else 'Instruction' }}:\n{{ m['content'] }}\n\n### Response:"
+        "{{ '\\n\\n' }}### {{ 'Input' if system else 'Instruction' }}:\n{{ m['content'] }}\n\n### Response:"
         "{% endif %}"
     ),
     "dialogue": (
