@@ -198,14 +198,14 @@ class _Window:
         self.text, self.at = "", 0
         self._file, self._on_bytes = file, on_bytes
         self._utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-        self._byte, self._line = file.tell(), 1  # of text[0]
+        self._mark = (0, 1, file.tell())  # a place in text, its line and byte
         self.ended = False
 
     def more(self) -> bool:
         """Drop what is before `at`, read on; False at the end of the file."""
         if self.ended:
             return False
-        self._line, self._byte = self.where(self.at)
+        self._mark = (0, *self.where(self.at))
         # Twice as much each time, so that a long record is not decoded anew for every chunk of it.
         data = self._file.read(max(CHUNK, len(self.text) - self.at))
         self.ended = not data
@@ -215,9 +215,13 @@ class _Window:
         return not self.ended
 
     def where(self, at: int) -> tuple[int, int]:
-        """Line and byte of text[at]."""
-        lines = self._line + self.text.count("\n", 0, at)
-        return lines, self._byte + len(self.text[:at].encode("utf-8", "surrogateescape"))
+        """Line and byte of text[at]; counting goes on from where it was asked for last."""
+        seen, line, byte = self._mark
+        passed = self.text[seen:at]
+        line, byte = line + passed.count("\n"), byte + len(passed.encode("utf-8", "surrogateescape"))
+        if at <= self.at:
+            self._mark = (at, line, byte)
+        return line, byte
 
     def peek(self) -> str:
         """The next character that is not white space, "" at the end of the file."""
