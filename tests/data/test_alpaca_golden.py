@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -67,29 +68,36 @@ def test_the_5k_set_equals_alpaca_but_for_one_row(shared: Path, llama_tokenizer:
 
 
 def test_truncated_rows_equal_alpaca_too(shared: Path, llama_tokenizer: Tokenizer) -> None:
-    """At 128 tokens 3,886 rows are cut. Those that still have a supervised token are as Alpaca cuts them; those
-    without one, which Alpaca keeps and learns nothing from, are dropped here."""
+    """Cut at 128 tokens, rows with a supervised token left are as Alpaca cuts them. The 203 without one, which Alpaca
+    keeps and learns nothing from, are dropped here."""
     path = shared / "data/chatdoctor/chatdoctor5k.json"
     differ = compare(path, shared, llama_tokenizer, 128)
     dropped = {n for n, (ids, _) in differ.items() if not ids}
     assert set(differ) - dropped == {3373}
-    assert len(dropped) == 570
+    assert len(dropped) == 203
 
 
-def test_general_instructions_equal_alpaca(shared: Path, llama_tokenizer: Tokenizer) -> None:
-    """The first stage's data, half of it without input: both templates. Where the answer opens with a mark that
-    LLaMA has a piece for together with the colon, the border differs as above."""
+def test_general_instructions_equal_alpaca_but_at_the_border(shared: Path, llama_tokenizer: Tokenizer) -> None:
+    """The first stage's data, 587 of 999 without input: both templates. 57 answers open with a mark that LLaMA has a
+    piece for together with the colon; there, and only there, the border differs as in the 5k set."""
     path = shared / "data/general/alpaca_gpt4_en_demo_1k.json"
     differ = compare(path, shared, llama_tokenizer, MAX_LEN)
-    outputs = {n: json.loads(path.read_text())[n - 1]["output"][:1] for n in differ}
-    assert outputs == {}
+    examples = json.loads(path.read_text())
+    assert Counter(examples[n - 1]["output"][0] for n in differ) == {'"': 51, "-": 3, "(": 2, "'": 1}
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(shared / "data/chatdoctor/tokenizer.model"))
+    for n, (ids, labels) in differ.items():
+        theirs, _ = preprocess(examples[n - 1], processor, MAX_LEN)
+        at = next(i for i, label in enumerate(labels) if label != IGNORE)
+        assert ids[: at - 1] == theirs[: at - 1]
+        assert processor.id_to_piece(theirs[at - 1]) == "".join(processor.id_to_piece(ids[at - 1 : at + 1]))
+        assert ids[at + 1 :] == theirs[at : len(ids) - 1]
 
 
-def test_the_reference_really_compares(shared: Path, llama_tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """A changed template is noticed: the test is not blind."""
-    bad = tmp_path / "a.json"
-    bad.write_text(json.dumps([{"instruction": "a", "input": "b", "output": "'c"}]))
-    assert list(compare(bad, shared, llama_tokenizer, MAX_LEN)) == [1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llama.chat.DOCTOR_INSTRUCTION", "x")
-        assert compare(bad, shared, llama_tokenizer, 4) != {}
+def test_the_comparison_is_not_blind(
+    shared: Path, llama_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"instruction": "a", "input": "b", "output": "c"}]))
+    assert compare(path, shared, llama_tokenizer, MAX_LEN) == {}
+    monkeypatch.setitem(globals(), "PROMPT_INPUT", PROMPT_INPUT + " ")
+    assert list(compare(path, shared, llama_tokenizer, MAX_LEN)) == [1]
