@@ -93,6 +93,9 @@ def test_what_decides_the_tokens_decides_the_cache(
 def test_hashing_is_left_out_while_the_file_stays(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache_dir = path.parent / "cache"
     digest = content_hash(path, cache_dir)
+    assert not list(cache_dir.glob("stat-*")), "changed just now: its times do not yet tell it from the next change"
+    monkeypatch.setattr(cache.time, "time", lambda: path.stat().st_mtime + 10)
+    assert content_hash(path, cache_dir) == digest
     with monkeypatch.context() as patch:
         patch.delattr(cache.hashlib, "file_digest")
         assert content_hash(path, cache_dir) == digest
