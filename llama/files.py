@@ -232,7 +232,9 @@ class Staged:
     def close(self, *, remove: bool) -> None:
         if remove:
             shutil.rmtree(self.directory, ignore_errors=True)
-        os.close(self.lock)
+        if self.lock >= 0:
+            os.close(self.lock)
+        self.lock = -1
 
 
 def stage(path: str | Path, needed: int = 0) -> Staged:
