@@ -9,6 +9,7 @@ test_torch_files.py has them all.
 from __future__ import annotations
 
 import collections
+import contextlib
 import io
 import os
 import pickle
@@ -294,9 +295,11 @@ class TorchFileWriter:
         self._zip.close()
 
     def abandon(self) -> None:
-        """Close the file without finishing it."""
-        if self._zip.fp is not None:
-            self._zip.fp.close()
+        """Let go of an unfinished file; nothing after close()."""
+        fp, self._zip.fp = self._zip.fp, None
+        if fp is not None:
+            with contextlib.suppress(OSError):
+                fp.close()
 
     def _record(self, name: str, data: bytes | memoryview) -> None:
         info = zipfile.ZipInfo(f"{self._root}/{name}")  # dated 1980: the same tensors give the same file
