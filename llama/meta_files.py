@@ -107,7 +107,7 @@ class Meta:
             return rows, False
         many = f"one of {dim // width} shards" if dim % width == 0 and dim // width > n else "another model"
         raise ValueError(
-            f"{f.path}: its embedding is {rows}x{width}, its head has {head_rows} rows, and params.json's dim is {dim}: "
+            f"{f.path}: its embedding is {rows}x{width}, its head has {head_rows} rows, params.json's dim is {dim}: "
             f"it looks like {many}, but {n} of consolidated.NN.pth are there; fetch what is missing"
         )
 
