@@ -385,15 +385,19 @@ def _summarise(job: Job, dst: Path, size: int) -> None:
         f"{', head tied to the embedding' if c.tie_embeddings else ''}"
     )
     if s.ignored:
-        print(f"ignored  {len(s.ignored)} tensors that say nothing new: {', '.join(s.ignored[:3])}")
+        print(f"ignored  {len(s.ignored)} that say nothing new: {', '.join(s.ignored[:3])}")
     if job.tokenizer is None:
         print("note     no SentencePiece tokenizer: generate.py cannot talk to this model")
     elif (rows := c.vocab_size - job.tokenizer.vocab_size) > 0:
         print(
             f"note     {rows} rows of the embedding are beyond the tokenizer's {job.tokenizer.vocab_size} pieces; kept"
         )
-    name = {"hf": "Hugging Face", "meta": f"Meta, {job.shards} shards", "gguf": "GGUF"}[job.to]
-    print(f"wrote    {name}, {DTYPES[job.dtype]}: {dst} ({size / 1e9:.2f} GB, {count} tensors, all read back equal)")
+    name = {"hf": "Hugging Face", "meta": f"Meta, {job.shards} shard{'s' * (job.shards > 1)}", "gguf": "GGUF"}[job.to]
+    print(f"wrote    {name}, {DTYPES[job.dtype]}: {dst} ({_size(size)}, {count} tensors, all read back equal)")
+
+
+def _size(n: int) -> str:
+    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
 
 
 if __name__ == "__main__":
