@@ -252,8 +252,7 @@ def from_meta(p: dict[str, Any], vocab_size: int) -> LlamaConfig:
         n_layers=_need(p, "n_layers", int),
         n_heads=heads,
         n_kv_heads=kv,
-        ffn_dim=p.get("ffn_dim")
-        or ffn_dim_of(dim, _need(p, "multiple_of", int, 256), p.get("ffn_dim_multiplier")),
+        ffn_dim=p.get("ffn_dim") or ffn_dim_of(dim, _need(p, "multiple_of", int, 256), p.get("ffn_dim_multiplier")),
         vocab_size=vocab_size,
         norm_eps=eps,
         rope_theta=theta,
