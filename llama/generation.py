@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from llama.cache import KVCache
+from llama.chat import ChatFormat, Dialogue, Message, render
 from llama.model import Llama
 from llama.sampling import Sampler, SamplingParams
 from llama.tokenizer import Tokenizer
@@ -40,6 +41,37 @@ class Request:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens!r}; it must be a whole number, 1 or more")
         if "" in self.stop:
             raise ValueError("a stop text is empty; it would end every answer at once")
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """A model with everything that an answer needs: tokenizer, prompt format, settings."""
+
+    name: str
+    model: Llama
+    tokenizer: Tokenizer
+    chat_format: ChatFormat
+    params: SamplingParams
+    max_new_tokens: int
+    stop: tuple[str, ...] = ()
+
+    def prompt_ids(self, text: str, raw: bool = False) -> list[int]:
+        """Ids of a new chat's first question; raw: of BOS and the text as it is."""
+        if raw:
+            return [self.tokenizer.bos_id, *self.tokenizer.encode(text)]
+        if not text.strip():
+            raise ValueError("the prompt is empty")
+        dialogue = Dialogue((*self.chat_format.opening(), Message("user", text)))
+        return render(dialogue, self.chat_format, self.tokenizer)[0]
+
+    def request(self, ids: Sequence[int], raw: bool = False, params: SamplingParams | None = None) -> Request:
+        return Request(ids, params or self.params, self.max_new_tokens, self.stop, trim=not raw)
+
+    def describe(self) -> str:
+        """One line: which model, how large, where."""
+        n, weight = self.model.config.n_params(), self.model.embed.weight
+        size = f"{n / 1e9:.1f}B" if n >= 1e9 else f"{n / 1e6:.1f}M" if n >= 1e6 else f"{n:,}"
+        return f"{self.name}: {size} parameters, {str(weight.dtype).removeprefix('torch.')} on {weight.device}"
 
 
 class Context:
