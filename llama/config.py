@@ -281,8 +281,8 @@ def to_meta(c: LlamaConfig) -> dict[str, Any]:
         p["multiple_of"] = math.gcd(c.ffn_dim, 4096)
         p["ffn_dim_multiplier"] = c.ffn_dim / int(2 * 4 * c.dim / 3)
         if ffn_dim_of(c.dim, p["multiple_of"], p["ffn_dim_multiplier"]) != c.ffn_dim:
-            # int() may fall just below a multiple, which then rounds up to ffn_dim; one below is always safe.
-            p["ffn_dim_multiplier"] = (c.ffn_dim - 0.5) / int(2 * 4 * c.dim / 3)
+            # int() of the product may fall just below ffn_dim; aimed half a unit higher it cannot.
+            p["ffn_dim_multiplier"] = (c.ffn_dim + 0.5) / int(2 * 4 * c.dim / 3)
     if c.rope_scaling:
         if c.rope_scaling.kind != "llama3":
             raise ValueError(f"Meta's format has no {c.rope_scaling.kind} rope scaling")
