@@ -22,8 +22,6 @@ if TYPE_CHECKING:  # torch takes seconds to import: --help and wrong flags must 
     from llama.sampling import SamplingParams
 
 LATEST = Path("out/latest")  # train.py writes the path of the model it finished last into this file
-# ChatDoctor's chat.py; a checkpoint's generation_config.json goes before it, flags before both.
-DEFAULTS: dict[str, Any] = {"temperature": 0.5, "top_k": 50, "repetition_penalty": 1.1, "max_new_tokens": 200}
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
 
 
@@ -119,6 +117,7 @@ def _latest() -> Path:
 
 def _settings(args: argparse.Namespace, stored: dict[str, Any], path: Path) -> tuple[SamplingParams, int]:
     """Sampling settings and length: flags first, then the checkpoint's generation_config.json, then ChatDoctor's."""
+    from llama.checkpoint import CHATDOCTOR_SAMPLING
     from llama.sampling import SamplingParams
 
     stored = {k: stored[k] for k in (*SAMPLING, "do_sample") if stored.get(k) is not None}
@@ -129,7 +128,8 @@ def _settings(args: argparse.Namespace, stored: dict[str, Any], path: Path) -> t
     except ValueError as e:
         raise ValueError(f"{path}/generation_config.json: {e}") from None
     flags = {k: getattr(args, k) for k in SAMPLING if getattr(args, k) is not None}
-    values = {**DEFAULTS, **stored, **flags}
+    defaults = {k: CHATDOCTOR_SAMPLING[k] for k in SAMPLING if k in CHATDOCTOR_SAMPLING}
+    values = {**defaults, **stored, **flags}
     max_new_tokens = values.pop("max_new_tokens")
     return SamplingParams(**values, seed=args.seed), max_new_tokens
 
