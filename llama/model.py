@@ -154,9 +154,10 @@ class Llama(nn.Module):
         if cache is not None:
             cache.advance(T)
         x = self.norm(x[:, -1:] if last_only else x)
-        head = self.embed.weight if self.config.tie_embeddings else self.head.weight
         if targets is None:
-            return nn.functional.linear(x, head)
+            # A tied model has a head only where one was given to it to decode faster.
+            return self.head(x) if hasattr(self, "head") else nn.functional.linear(x, self.embed.weight)
+        head = self.embed.weight if self.config.tie_embeddings else self.head.weight
         N, D = B * T, x.shape[-1]
         loss = kernels.linear_cross_entropy(x.view(N, D), head, targets.view(N), IGNORE)
         return loss, (targets != IGNORE).sum()
