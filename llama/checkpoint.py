@@ -29,7 +29,7 @@ from llama.tokenizer import Tokenizer
 from llama.weights import Weights, stored_bytes, write_weights
 
 # ChatDoctor's chat.py: how its answers are sampled unless the user says otherwise.
-CHATDOCTOR_SAMPLING: dict[str, Any] = {
+SAMPLING: dict[str, Any] = {
     "do_sample": True,
     "temperature": 0.5,
     "top_k": 50,
@@ -205,7 +205,7 @@ def model_files(
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": None}
     document = to_hf(config) | ids | {"torch_dtype": _DTYPE_NAMES[dtype]} | (extra or {})
     stops = {k: document[k] for k in ("bos_token_id", "eos_token_id") if document.get(k) is not None}
-    sampling = CHATDOCTOR_SAMPLING if generation is None else generation
+    sampling = SAMPLING if generation is None else generation
     files = {"config.json": _json(document), "generation_config.json": _json(stops | sampling)}
     if chat_format is not None:
         files["chat_format.json"] = _json(chat_format.to_json())

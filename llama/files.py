@@ -22,7 +22,6 @@ import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -176,21 +175,30 @@ def verify(path: str | Path, part: int = 0, parts: int = 1) -> None:
 
 
 def verified(path: Path) -> str:
-    """What verify() complains of, or nothing. Files unchanged since the last call are not read again."""
-    try:
-        stats = tuple((p.name, s.st_size, s.st_mtime_ns, s.st_ino) for p in sorted(path.iterdir()) for s in [p.stat()])
-    except OSError as e:
-        return f"{path}: cannot be read ({e.strerror})"
-    return _verified(path, stats)
-
-
-@lru_cache(maxsize=256)
-def _verified(path: Path, _stats: tuple[tuple[str, int, int, int], ...]) -> str:
-    try:
-        verify(path)
-    except (ValueError, OSError) as e:
-        return str(e)
+    """What verify() complains of, or nothing. Files unchanged since a call that found nothing are not read again."""
+    if _passed.get(path) != (stats := _stats(path)) or not stats:
+        try:
+            verify(path)
+        except (ValueError, OSError) as e:
+            return str(e)
+        trust(path)
     return ""
+
+
+def trust(path: Path) -> None:
+    """Spare verified() the reading of a directory whose checksums this process, or its peers, have just computed."""
+    _passed[path] = _stats(path)
+
+
+_passed: dict[Path, tuple[tuple[str, int, int, int], ...]] = {}
+
+
+def _stats(path: Path) -> tuple[tuple[str, int, int, int], ...]:
+    """Name, size, time and inode of every file: what changes when a program writes to one."""
+    try:
+        return tuple((p.name, s.st_size, s.st_mtime_ns, s.st_ino) for p in sorted(path.iterdir()) for s in [p.stat()])
+    except OSError:
+        return ()
 
 
 def _pool(jobs: int) -> ThreadPoolExecutor:
