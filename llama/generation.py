@@ -179,6 +179,7 @@ class Answer:
         self._tokenizer = tokenizer
         self._decoder = tokenizer.stream()
         self._matcher = StopMatcher(request.stop)
+        self._begun = False
         self._start = self._first = self._last = time.perf_counter()
 
     def stream(self, model: Llama, context: Context | None = None) -> Iterator[str]:
@@ -205,23 +206,26 @@ class Answer:
         if not self.token_ids:
             self._first = self._last
         self.token_ids.append(token)
-        piece, stopped = self._matcher.feed(self._decoder.feed(token))
-        if stopped:
-            self.finish_reason = "stop"
-        return self._add(piece)
+        return self._take(self._decoder.feed(token))
 
     def finish(self, reason: str | None) -> str:
         """End the answer; the text that was still held back."""
         self.finish_reason = reason
-        piece, stopped = self._matcher.feed(self._decoder.end())
+        piece = self._take(self._decoder.end())
+        if self.finish_reason == reason:
+            held = self._matcher.end()
+            self.text += held
+            piece += held
+        return piece
+
+    def _take(self, piece: str) -> str:
+        """The text that is certain once `piece` has come. Space at the front is none that a stop text could match."""
+        if self.request.trim and not self._begun:
+            piece = piece.lstrip()
+            self._begun = piece != ""
+        piece, stopped = self._matcher.feed(piece)
         if stopped:
             self.finish_reason = "stop"
-            return self._add(piece)
-        return self._add(piece + self._matcher.end())
-
-    def _add(self, piece: str) -> str:
-        if self.request.trim and not self.text:
-            piece = piece.lstrip()
         self.text += piece
         return piece
 

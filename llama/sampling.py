@@ -178,5 +178,5 @@ def _seed(params: SamplingParams) -> int:
 
 def _check_finite(top: Tensor) -> None:
     """top: the largest logit of each row; topk and max put NaN first."""
-    if not bool(torch.isfinite(top).all()):
+    if not all(map(math.isfinite, top.tolist())):
         raise ValueError("the model's logits are not finite; the weights are damaged or overflow in this dtype")
