@@ -125,7 +125,15 @@ def bench_startup(passes: int) -> dict[str, Any]:
         path = Path(folder) / "tiny"
         stored = ((e.name, tensors[e.name]) for e in layout.entries(config))
         checkpoint.save_model(path, stored, config, tokenizer, ChatFormat("dialogue", ""))
-        ask = [str(ROOT / "generate.py"), "--checkpoint", str(path), "--prompt", "I have a fever.", "--temperature", "0"]
+        ask = [
+            str(ROOT / "generate.py"),
+            "--checkpoint",
+            str(path),
+            "--prompt",
+            "I have a fever.",
+            "--temperature",
+            "0",
+        ]
         ask += ["--max_new_tokens", "60"]
         bare, whole = [], []
         for _ in range(passes):
