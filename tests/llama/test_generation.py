@@ -288,7 +288,7 @@ def test_an_answer_that_is_a_stop_text_alone_is_empty(model: Llama, small_tokeni
 
 @pytest.mark.parametrize("bad", [{"max_new_tokens": 0}, {"max_new_tokens": 2.5}, {"stop": ("a", "")}])
 def test_requests_are_checked(bad: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="max_new_tokens is|stop text is empty"):
+    with pytest.raises(ValueError, match=r"max_new_tokens is|stop text is empty"):
         Request([1], **bad)  # type: ignore[arg-type]
 
 

@@ -174,7 +174,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_damaged_files_load_or_give_one_clear_error(small_tokenizer: Tokenizer) -> None:
     """Truncated anywhere, bytes flipped, inserted or cut out: never a crash, and what loads can be used."""
     model, r = small_tokenizer.model_bytes, random.Random(0)
-    refused = 0
+    errors: list[str] = []
     for n in range(300):
         data = bytearray(model)
         at = r.randrange(len(data))
@@ -190,11 +190,10 @@ def test_damaged_files_load_or_give_one_clear_error(small_tokenizer: Tokenizer) 
         try:
             tokenizer = Tokenizer(bytes(data), "x.model")
         except ValueError as e:
-            assert str(e).startswith("x.model: ")
-            assert "\n" not in str(e)
-            refused += 1
+            errors.append(str(e))
             continue
         ids = tokenizer.encode("I have pain 你")
         tokenizer.decode(ids)
         tokenizer.decode_continued(range(tokenizer.vocab_size))
-    assert refused > 50
+    assert len(errors) > 50
+    assert all(e.startswith("x.model: ") and "\n" not in e for e in errors)
