@@ -15,9 +15,7 @@ ROLES: tuple[Role, ...] = ("system", "user", "assistant")
 
 IGNORE = -100  # target of a token that carries no loss
 
-DOCTOR_INSTRUCTION = (
-    "If you are a doctor, please answer the medical questions based on the patient's description."
-)
+DOCTOR_INSTRUCTION = "If you are a doctor, please answer the medical questions based on the patient's description."
 
 
 @dataclass(frozen=True)

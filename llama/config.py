@@ -252,8 +252,7 @@ def from_meta(p: dict[str, Any], vocab_size: int) -> LlamaConfig:
         n_layers=_need(p, "n_layers", int),
         n_heads=heads,
         n_kv_heads=kv,
-        ffn_dim=p.get("ffn_dim")
-        or ffn_dim_of(dim, _need(p, "multiple_of", int, 256), p.get("ffn_dim_multiplier")),
+        ffn_dim=p.get("ffn_dim") or ffn_dim_of(dim, _need(p, "multiple_of", int, 256), p.get("ffn_dim_multiplier")),
         vocab_size=vocab_size,
         norm_eps=eps,
         rope_theta=theta,
@@ -282,8 +281,8 @@ def to_meta(c: LlamaConfig) -> dict[str, Any]:
         p["multiple_of"] = math.gcd(c.ffn_dim, 4096)
         p["ffn_dim_multiplier"] = c.ffn_dim / int(2 * 4 * c.dim / 3)
         if ffn_dim_of(c.dim, p["multiple_of"], p["ffn_dim_multiplier"]) != c.ffn_dim:
-            # int() may fall just below a multiple, which then rounds up to ffn_dim; one below is always safe.
-            p["ffn_dim_multiplier"] = (c.ffn_dim - 0.5) / int(2 * 4 * c.dim / 3)
+            # int() of the product may fall just below ffn_dim; aimed half a unit higher it cannot.
+            p["ffn_dim_multiplier"] = (c.ffn_dim + 0.5) / int(2 * 4 * c.dim / 3)
     if c.rope_scaling:
         if c.rope_scaling.kind != "llama3":
             raise ValueError(f"Meta's format has no {c.rope_scaling.kind} rope scaling")

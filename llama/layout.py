@@ -37,7 +37,9 @@ def entries(c: LlamaConfig, *, meta_vocab_parallel: bool = False) -> Iterator[En
     """
     q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
     embed_split = 0 if meta_vocab_parallel else 1
-    yield Entry("embed.weight", "model.embed_tokens.weight", "tok_embeddings.weight", (c.vocab_size, c.dim), embed_split)
+    yield Entry(
+        "embed.weight", "model.embed_tokens.weight", "tok_embeddings.weight", (c.vocab_size, c.dim), embed_split
+    )
     for i in range(c.n_layers):
         ours, hf, meta = f"layers.{i}.", f"model.layers.{i}.", f"layers.{i}."
         for name, hf_name, meta_name, shape, split, heads in (

@@ -1,0 +1,47 @@
+# The whole developer interface. Needs Python 3.11-3.13 and make; everything else goes into .venv.
+#
+#   make demo                  train the built-in tiny model (about 5 minutes on 2 cores, once) and chat with it
+#   make demo ASK="question"   the same, but answer this one question and end
+#   make test                  lint and the whole test suite
+#   make lint                  ruff only
+#   make bench                 the CPU benches, results under bench/results/
+#   make clean                 remove .venv, caches and out/tiny
+
+PYTHON ?= python3
+BIN = .venv/bin
+TINY = out/tiny
+export ASK
+
+.PHONY: demo test lint bench clean
+
+demo: $(TINY)/config.json
+ifdef ASK
+	@$(BIN)/python generate.py --checkpoint $(TINY) --prompt "$$ASK"
+else
+	@$(BIN)/python generate.py --checkpoint $(TINY)
+endif
+
+# A run that was interrupted goes on from its last checkpoint.
+$(TINY)/config.json: | .venv/installed
+	$(BIN)/python train.py --resume_from_checkpoint auto
+
+test: lint
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: .venv/installed
+	for file in bench/bench_*.py; do $(BIN)/python $$file || exit 1; done
+
+.venv/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else \
+	  "error: Python 3.11, 3.12 or 3.13 is needed, this is %d.%d; name one: make PYTHON=python3.12 ..." % v)'
+	@echo "Setting up .venv: downloads PyTorch once, some minutes"
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check --progress-bar on -r requirements.txt
+	@touch $@
+
+clean:
+	rm -rf .venv .cache .pytest_cache .ruff_cache .hypothesis $(TINY)

@@ -1,0 +1,250 @@
+"""Dialogues on disk, in the shapes found in the wild -> Record; what is wrong is named by file, record and field.
+
+Called by loader.py. Texts are kept as they are, not stripped: the ids must be those of Stanford Alpaca's training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self, TextIO
+
+from data.stream import Item, read_items
+from llama.chat import DOCTOR_INSTRUCTION, Dialogue, Message, Role
+from llama.tokenizer import MAX_CHARS
+
+ANSWERS = ("answer_icliniq", "answer_chatgpt", "answer_chatdoctor")  # iCliniq's three; which one is a flag
+_SPEAKERS: dict[str, Role] = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "system": "system",
+}
+
+OnBad = Callable[["BadRecord", bytes], None]
+
+
+@dataclass(frozen=True)
+class Record:
+    """A dialogue and where it stood: index is its number in the file, from 1; key a 64-bit hash of its content."""
+
+    dialogue: Dialogue
+    index: int
+    key: int
+
+
+class BadRecord(ValueError):
+    """A record that cannot be used; str() is one line for the user."""
+
+    def __init__(self, path: str | Path, index: int, field: str, reason: str, where: str = "") -> None:
+        self.path, self.index, self.field, self.reason, self.where = str(path), index, field, reason, where
+        at = f" ({where})" if where else ""
+        name = f"{field}: " if field else ""
+        super().__init__(f"{path}: record {index}{at}: {name}{reason}")
+
+
+class RejectedFile:
+    """Writes rejected records as JSON lines (reason, file, record, field, raw); an `on_bad` for read_records.
+
+    The file of an earlier run is removed at once; a new one appears with the first rejected record. raw is the
+    record's text; bytes that are not UTF-8 stand in it as \\xNN.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path, self.count = Path(path), 0
+        self._file: TextIO | None = None
+        self.path.unlink(missing_ok=True)
+
+    def __call__(self, bad: BadRecord, raw: bytes) -> None:
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("w", encoding="utf-8")
+        text = raw.decode("utf-8", "backslashreplace")
+        line = {"reason": bad.reason, "file": bad.path, "record": bad.index, "field": bad.field, "raw": text}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        self.count += 1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def read_records(
+    path: str | Path,
+    *,
+    instruction: str = DOCTOR_INSTRUCTION,
+    answer: str = ANSWERS[0],
+    on_bad: OnBad | None = None,
+    on_bytes: Callable[[int], None] | None = None,
+) -> Iterator[Record]:
+    """The records of a JSON array or JSON lines file, in order, in bounded memory.
+
+    instruction: system message of records that bring none (iCliniq, messages, ShareGPT); "" for none at all.
+    answer: the field that is iCliniq's answer. on_bad is given each unusable record and its bytes, and reading goes
+    on; without it the first one is raised. BadRecord is raised in any case where nothing after it can be read.
+    """
+    path = Path(path)
+    good = 0
+    for item in read_items(path, on_bytes):
+        fault, dialogues = item.fault, []
+        if fault is None:
+            try:
+                dialogues = _dialogues(item.value, instruction, answer)
+            except _Unusable as e:
+                fault = (e.field, e.reason)
+        if fault is not None:
+            _refuse(path, item, fault, on_bad, good)
+            continue
+        good += 1
+        for dialogue in dialogues:
+            yield Record(dialogue, item.index, content_key(dialogue))
+
+
+def _refuse(path: Path, item: Item, fault: tuple[str, str], on_bad: OnBad | None, good: int) -> None:
+    field, reason = fault
+    if item.fatal:
+        reason += f"; no next record is found after it, {good:,} usable records were read before"
+    bad = BadRecord(path, item.index, field, reason, f"line {item.line:,}, byte {item.byte:,}")
+    if on_bad is not None:
+        on_bad(bad, item.raw.encode("utf-8", "surrogateescape"))
+    if on_bad is None or item.fatal:
+        raise bad
+
+
+def content_key(dialogue: Dialogue) -> int:
+    """A 64-bit hash of what is said and by whom; the same on every machine and in every run."""
+    h = hashlib.blake2b(digest_size=8)
+    for m in dialogue.messages:
+        text = m.content.encode("utf-8", "surrogatepass")
+        h.update(f"{m.role} {len(text)} ".encode() + text)
+    return int.from_bytes(h.digest(), "little")
+
+
+# --- shapes ---------------------------------------------------------------------------------------
+
+
+class _Unusable(Exception):
+    def __init__(self, field: str, reason: str) -> None:
+        self.field, self.reason = field, reason
+
+
+def _dialogues(value: Any, instruction: str, answer: str) -> list[Dialogue]:
+    """The dialogues of one record: one, or as many as a self-instruct record has instances."""
+    if not isinstance(value, dict):
+        raise _Unusable("", f"is {_kind(value)}; a record is an object")
+    if "messages" in value:
+        return [_turns(value, "messages", "role", "content", instruction)]
+    if "conversations" in value:
+        return [_turns(value, "conversations", "from", "value", instruction)]
+    if "instruction" in value and "instances" in value:
+        return _instances(value)
+    if "input" in value and "output" not in value and any(a in value for a in {*ANSWERS, answer}):
+        system = _text(value, "instruction") if "instruction" in value else instruction
+        return [_exchange(system, _text(value, "input"), _text(value, answer))]
+    if "instruction" in value or "output" in value:
+        return [_alpaca(value)]
+    if "text" in value:
+        return [Dialogue((Message("assistant", _text(value, "text")),))]
+    keys = ", ".join(repr(k)[:40] for k in list(value)[:6]) or "none"
+    raise _Unusable(
+        "", f"no known shape (fields: {keys}); wanted instruction/input/output, input/{answer}, messages, "
+        "conversations or text"
+    )  # fmt: skip
+
+
+def _alpaca(value: dict[str, Any], at: str = "") -> Dialogue:
+    """{instruction, input, output}; as in Alpaca an input that is "" or missing means the template without one."""
+    instruction = _text(value, "instruction")
+    question = _text(value, "input", may_lack=True)
+    answer = _text(value, "output", at)
+    return _exchange(instruction, question, answer) if question else _exchange("", instruction, answer)
+
+
+def _instances(value: dict[str, Any]) -> list[Dialogue]:
+    """Self-instruct's {instruction, instances: [{input, output}]}."""
+    instances = _items(value, "instances")
+    return [
+        _alpaca({"instruction": value["instruction"], **instance}, f"instances[{i}].")
+        for i, instance in enumerate(instances)
+    ]
+
+
+def _exchange(system: str, question: str, answer: str) -> Dialogue:
+    head = (Message("system", system),) if system else ()
+    return Dialogue((*head, Message("user", question), Message("assistant", answer)))
+
+
+def _turns(value: dict[str, Any], field: str, who: str, what: str, instruction: str) -> Dialogue:
+    messages: list[Message] = []
+    for i, turn in enumerate(_items(value, field)):
+        at = f"{field}[{i}]."
+        name = _text(turn, who, at)
+        role = _SPEAKERS.get(name)
+        if role is None:
+            raise _Unusable(at + who, f"is {name[:40]!r}; known are {', '.join(_SPEAKERS)}")
+        messages.append(Message(role, _text(turn, what, at)))
+    if messages[0].role != "system" and instruction:
+        messages.insert(0, Message("system", instruction))
+    if all(m.role != "assistant" for m in messages):
+        raise _Unusable(field, "nobody answers in it: no turn of the assistant")
+    try:
+        return Dialogue(tuple(messages))
+    except ValueError as e:
+        raise _Unusable(field, str(e)) from None
+
+
+def _items(value: dict[str, Any], field: str) -> list[dict[str, Any]]:
+    items = value[field]
+    if not isinstance(items, list):
+        raise _Unusable(field, f"is {_kind(items)}; a list is wanted")
+    if not items:
+        raise _Unusable(field, "is empty")
+    for i, item in enumerate(items):
+        if not isinstance(item, dict):
+            raise _Unusable(f"{field}[{i}]", f"is {_kind(item)}; an object is wanted")
+    return items
+
+
+def _text(value: dict[str, Any], field: str, at: str = "", may_lack: bool = False) -> str:
+    """A field that must be text, valid and not blank; may_lack: missing, null and "" come out as ""."""
+    text = value.get(field)
+    if may_lack and (text is None or text == ""):
+        return ""
+    if field not in value:
+        raise _Unusable(at + field, "is missing")
+    if not isinstance(text, str):
+        raise _Unusable(at + field, f"is {_kind(text)}; text is wanted")
+    if not text.strip() and not may_lack:
+        raise _Unusable(at + field, "is empty" if not text else "is blank")
+    if len(text) > MAX_CHARS:
+        raise _Unusable(at + field, f"has {len(text):,} characters; the limit is {MAX_CHARS:,}")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as e:
+            code = f"\\u{ord(text[e.start]):04x}"
+            raise _Unusable(at + field, f"is not valid Unicode: lone surrogate {code} at character {e.start}") from None
+    return text
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "null"
+    kinds = {
+        bool: "a truth value",
+        int: "a number",
+        float: "a number",
+        str: "a text",
+        list: "a list",
+        dict: "an object",
+    }
+    return kinds.get(type(value), type(value).__name__)

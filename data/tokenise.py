@@ -1,0 +1,167 @@
+"""Dialogues -> token ids with the loss mask in them, cut to length; in this process or in several.
+
+Called by cache.py. The other processes are started as `python -m data.tokenise`: they import neither torch nor the
+script that is running, and talk in pickles over their own pipes. Results come back in order, and are the same
+whatever the number of processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.records import Record
+from llama.chat import ChatFormat, render
+from llama.tokenizer import Tokenizer
+
+BATCH = 256  # records that travel together
+
+# One row a record. length: tokens kept (0: dropped); supervised: how many of them carry loss; original: tokens before
+# the cut; at: place of the first in tokens.
+ROW = np.dtype(
+    [("index", "<i8"), ("key", "<u8"), ("at", "<i8"), ("length", "<i4"), ("supervised", "<i4"), ("original", "<i4")]
+)
+
+
+def token_type(vocab_size: int) -> np.dtype[Any]:
+    """The type of stored tokens: its top bit says "carries loss", the rest is the id."""
+    return np.dtype("<u2") if vocab_size <= 1 << 15 else np.dtype("<u4")
+
+
+def supervised_bit(dtype: np.dtype[Any]) -> int:
+    return 1 << (8 * dtype.itemsize - 1)
+
+
+def encode(ids: list[int], mask: list[bool], max_len: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Stored tokens of a rendered dialogue. What is over max_len is cut off the end, and with it what no loss
+    follows: a whole question whose answer is gone, or that never had one. Nothing is left if the prompt alone is
+    too long.
+    """
+    kept = np.array(ids[:max_len], dtype)
+    loss = np.array(mask[:max_len], bool)
+    kept[loss] |= supervised_bit(dtype)
+    return kept[: int(loss.nonzero()[0][-1]) + 1] if loss.any() else kept[:0]
+
+
+@dataclass
+class Job:
+    """What a process needs to tokenise."""
+
+    tokenizer: bytes
+    chat_format: dict[str, Any]
+    max_len: int
+
+    def start(self) -> Worker:
+        return Worker(Tokenizer(self.tokenizer), ChatFormat.from_json(self.chat_format), self.max_len)
+
+
+@dataclass
+class Worker:
+    """Tokenises batches of records in this process."""
+
+    tokenizer: Tokenizer
+    chat_format: ChatFormat
+    max_len: int
+
+    def __call__(self, records: list[Record]) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Tokens of the records end to end, and their rows (`at` counts from the first)."""
+        dtype = token_type(self.tokenizer.vocab_size)
+        rows = np.zeros(len(records), ROW)
+        parts, at = [np.zeros(0, dtype)], 0
+        for i, record in enumerate(records):
+            ids, mask = render(record.dialogue, self.chat_format, self.tokenizer)
+            part = encode(ids, mask, self.max_len, dtype)
+            supervised = int((part >= supervised_bit(dtype)).sum())
+            rows[i] = (record.index, record.key, at, part.size, supervised, len(ids))
+            parts.append(part)
+            at += part.size
+        return np.concatenate(parts), rows
+
+
+def tokenise(records: Iterable[Record], job: Job, workers: int) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+    """Batches of (tokens, rows), in the order of the records. At most one batch per process is held."""
+    records = iter(records)
+    batches = iter(lambda: list(islice(records, BATCH)), [])
+    if workers <= 1:
+        yield from map(job.start(), batches)
+        return
+    with contextlib.ExitStack() as stack:
+        pool = [stack.enter_context(_Process(job)) for _ in range(workers)]
+        sent = 0
+        for batch in batches:
+            process = pool[sent % workers]
+            if sent >= workers:
+                yield process.receive()
+            process.send(batch)
+            sent += 1
+        for i in range(max(0, sent - workers), sent):
+            yield pool[i % workers].receive()
+
+
+class _Process:
+    """A child that tokenises one batch at a time. It reads a whole batch before it answers: no deadlock."""
+
+    def __init__(self, job: Job) -> None:
+        root = Path(__file__).resolve().parent.parent
+        command = [sys.executable, "-m", "data.tokenise"]
+        self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root)
+        self._stdin: BinaryIO = self._child.stdin  # type: ignore[assignment]
+        self._stdout: BinaryIO = self._child.stdout  # type: ignore[assignment]
+        self.send(job)
+
+    def send(self, what: Any) -> None:
+        try:
+            pickle.dump(what, self._stdin, protocol=pickle.HIGHEST_PROTOCOL)
+            self._stdin.flush()
+        except BrokenPipeError:
+            self._died()
+
+    def receive(self) -> Any:
+        try:
+            return pickle.load(self._stdout)
+        except (EOFError, pickle.UnpicklingError):
+            self._died()
+
+    def _died(self) -> None:
+        raise RuntimeError(f"a tokenising process ended early (exit code {self._child.wait()}); out of memory?")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self._stdin.close()
+        self._stdout.close()
+        self._child.terminate()
+        self._child.wait()
+
+
+def _serve(source: BinaryIO, sink: BinaryIO) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it closes the pipe
+    work = pickle.load(source).start()
+    while True:
+        try:
+            batch = pickle.load(source)
+        except EOFError:
+            return
+        pickle.dump(work(batch), sink, protocol=pickle.HIGHEST_PROTOCOL)
+        sink.flush()
+
+
+if __name__ == "__main__":
+    # Under -m this module is __main__; the pickled Job belongs to data.tokenise, which is imported as itself.
+    from data.tokenise import _serve as serve
+
+    with contextlib.suppress(BrokenPipeError):
+        serve(sys.stdin.buffer, sys.stdout.buffer)

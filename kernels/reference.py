@@ -1,0 +1,147 @@
+"""The operations of a LLaMA block in plain PyTorch: the definition of right.
+
+What is computed in fp32 is decided here and quoted by every other implementation. Runs on any device; on a CPU it
+is also the fast path, so the shapes of the work (tiles, chunks) are chosen for one. Knows tensors, not models.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+TILE = 128  # query rows per tile where documents or a cache bound what a row may see
+LOGITS_BYTES = 64 * 2**20  # fp32 logits held at a time by linear_cross_entropy
+
+Documents = tuple[Tensor, Tensor]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Scale each vector of x to root mean square 1, then by weight.
+
+    x (..., D), any float dtype; weight (D,). Result (..., D) in x.dtype. The mean is taken in fp32: bf16 carries 8
+    significant bits, too few to sum D = 4096 squares. The cast back comes before the weight, as in Meta's model.py
+    and Hugging Face's. After Zhang & Sennrich 2019 (arXiv:1910.07467).
+    """
+    if x.dtype == torch.float32 and not torch.is_grad_enabled():
+        return F.rms_norm(x, (x.shape[-1],), weight, eps)
+    x32 = x.float()
+    rstd = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    return (x32 * rstd).to(x.dtype) * weight
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate q (B, T, H, K) and k (B, T, G, K) by position, in the rotate-half layout.
+
+    cos, sin fp32, (T, K/2) or (B, T, K/2). Computed in fp32, returned in the dtype given.
+    After Su et al. 2021 (arXiv:2104.09864).
+    """
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    return _rotate(q, cos, sin), _rotate(k, cos, sin)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.float().chunk(2, dim=-1)
+    low = torch.addcmul(a * cos, b, sin, value=-1)
+    high = torch.addcmul(b * cos, a, sin)
+    return torch.cat((low, high), dim=-1).to(x.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, elementwise, in the dtype given. After Shazeer 2020 (arXiv:2002.05202)."""
+    return F.silu(gate) * up
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
+    """Causal softmax attention with grouped queries; result (B, T, H, K) in q.dtype.
+
+    q (B, T, H, K); k, v (B, S, G, K) with S >= T and H a multiple of G: the T queries are the last of the S
+    positions, so a cached prefix is simply a longer k and v. documents: (start, end) int32 (B, S), the first and one
+    past the last position of each position's document; a query sees start[its position] .. its position. The softmax
+    scale is 1 / sqrt(K); the softmax runs in fp32.
+    """
+    B, T, H, K = q.shape
+    S, G = k.shape[1], k.shape[2]
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if T == 1:
+        # The group's query heads stand in as rows of one head: no copy of the cache per query head.
+        mask = None if documents is None else _visible(documents[0], S - 1, S, 0)
+        o = F.scaled_dot_product_attention(q.reshape(B, G, H // G, K), k, v, attn_mask=mask)
+        return o.reshape(B, 1, H, K)
+    if documents is None and T == S:
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != G)
+        return o.transpose(1, 2)
+    start = None if documents is None else documents[0]
+    tiles = []
+    for i in range(0, T, TILE):
+        top, bottom = S - T + i, S - T + min(i + TILE, T)  # these queries' positions
+        left = 0 if start is None else int(start[:, top:bottom].min())
+        mask = _visible(start, top, bottom, left, q.device)
+        tiles.append(
+            F.scaled_dot_product_attention(
+                q[:, :, i : i + TILE], k[:, :, left:bottom], v[:, :, left:bottom], attn_mask=mask, enable_gqa=H != G
+            )
+        )
+    return torch.cat(tiles, dim=2).transpose(1, 2)
+
+
+def _visible(start: Tensor | None, top: int, bottom: int, left: int, device: torch.device | None = None) -> Tensor:
+    """True where positions top..bottom may see positions left..bottom: (rows, columns) or (B, 1, rows, columns)."""
+    device = device if start is None else start.device
+    columns = torch.arange(left, bottom, device=device)
+    causal = columns <= torch.arange(top, bottom, device=device)[:, None]
+    if start is None:
+        return causal
+    return (causal & (columns >= start[:, top:bottom, None]))[:, None]
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Gradients are made with the loss, chunk by chunk, so that no more than LOGITS_BYTES of logits ever live."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+        kept = (targets != ignore_index).nonzero().squeeze(1)
+        x_kept, t_kept = x.index_select(0, kept), targets.index_select(0, kept)
+        need_x, need_w = ctx.needs_input_grad[:2]
+        dx = torch.zeros_like(x) if need_x else None
+        dw = torch.zeros_like(weight, dtype=torch.float32) if need_w else None
+        loss = x.new_zeros((), dtype=torch.float32)
+        rows = max(1, LOGITS_BYTES // (4 * weight.shape[0]))
+        for i in range(0, len(kept), rows):
+            xc, tc = x_kept[i : i + rows], t_kept[i : i + rows, None]
+            logits = F.linear(xc, weight).float()
+            lse = torch.logsumexp(logits, dim=1, keepdim=True)
+            loss += (lse - logits.gather(1, tc)).sum()
+            if not (need_x or need_w):
+                continue
+            p = logits.sub_(lse).exp_()
+            p.scatter_add_(1, tc, torch.full_like(lse, -1.0))
+            p = p.to(x.dtype)
+            if dx is not None:
+                dx.index_copy_(0, kept[i : i + rows], p @ weight)
+            if dw is not None:
+                if p.dtype == torch.float32:
+                    dw.addmm_(p.t(), xc)
+                else:
+                    dw += p.t() @ xc
+        ctx.save_for_backward(*(t for t in (dx, dw) if t is not None))
+        ctx.needs = (need_x, need_w, weight.dtype)
+        return loss
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        saved = list(ctx.saved_tensors)
+        need_x, need_w, dtype = ctx.needs
+        dx = saved.pop(0) * grad if need_x else None
+        dw = (saved.pop(0) * grad).to(dtype) if need_w else None
+        return (None if dx is None else dx.to(dtype)), dw, None, None
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
+    """Sum over the rows of cross_entropy(x @ weight.T, targets), fp32 scalar, without ever holding all logits.
+
+    x (N, D), weight (V, D), targets (N,) int64; rows whose target is ignore_index count nothing and cost nothing.
+    Softmax and sum in fp32. No second derivative.
+    """
+    return _LinearCrossEntropy.apply(x, weight, targets, ignore_index)

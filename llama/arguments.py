@@ -1,0 +1,208 @@
+"""train.py's flags: ChatDoctor's and Stanford Alpaca's names and meanings, in one frozen dataclass.
+
+Each field is a flag; its metadata is the flag's help. Standard library only. Values are checked here, once, so that
+a run that cannot work ends before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from llama.chat import DOCTOR_INSTRUCTION, FORMATS
+
+PACKINGS = ("none", "step", "epoch")
+SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
+STRATEGIES = ("no", "steps", "epoch")
+
+
+def flag(default: Any, text: str, **extra: Any) -> Any:
+    """A dataclass field with its flag's help and choices."""
+    return dataclasses.field(default=default, metadata={"help": text, **extra})
+
+
+@dataclass(frozen=True)
+class TrainArguments:
+    """Everything train.py can be told."""
+
+    # what
+    model_name_or_path: str = flag("tiny", "checkpoint directory, or a preset name to start from random weights")
+    data_path: tuple[str, ...] = flag((), "JSON or JSONL files of dialogues; none: the built-in sample", nargs="+")
+    data_weights: tuple[float, ...] = flag((), "how often each file's records appear in an epoch (1 each)", nargs="+")
+    output_dir: str = flag("out/tiny", "where checkpoints, metrics and the finished model go")
+    overwrite_output_dir: bool = flag(False, "train anew over a finished model or checkpoints in output_dir")
+    tokenizer_path: str = flag("", "SentencePiece model for a preset; without one it is trained on the data")
+    chat_format: str = flag("", "prompt format (the checkpoint's; else alpaca)", choices=FORMATS)
+    instruction: str = flag("", f"instruction of records that have none (the checkpoint's; else: {DOCTOR_INSTRUCTION})")
+    answer: str = flag(
+        "answer_icliniq",
+        "which answer of an iCliniq record to learn",
+        choices=("answer_icliniq", "answer_chatgpt", "answer_chatdoctor"),
+    )
+    model_max_length: int = flag(512, "longest record in tokens, and the length of a packed row")
+    packing: str = flag(
+        "step",
+        "none: a record a row, padded; step: the records of each step share rows (same steps and gradients, less "
+        "work); epoch: rows are filled over the whole epoch",
+        choices=PACKINGS,
+    )
+    eval_fraction: float = flag(0.0, "share of records held out by the hash of their content")
+    skip_bad_records: bool = flag(False, "write bad records to <output_dir>/rejected.jsonl and go on")
+    preview: int = flag(0, "print this many training samples with their supervised tokens marked, then stop")
+    cache_dir: str = flag("", "where tokenised data is kept (default: .cache/tokens)")
+    num_workers: int = flag(0, "tokenising processes (0: one per core)")
+
+    # how long, how much
+    num_train_epochs: float = flag(3.0, "epochs")
+    max_steps: int = flag(-1, "optimizer steps; overrides epochs when positive")
+    per_device_train_batch_size: int = flag(8, "records (packing none, step) or rows (epoch) per device and forward")
+    per_device_eval_batch_size: int = flag(8, "rows per device in evaluation")
+    gradient_accumulation_steps: int = flag(1, "forwards per optimizer step")
+
+    # optimizer
+    learning_rate: float = flag(5e-5, "peak learning rate")
+    lr_scheduler_type: str = flag("cosine", "shape of the learning rate", choices=SCHEDULES)
+    warmup_ratio: float = flag(0.0, "share of the steps that warm up")
+    warmup_steps: int = flag(0, "steps that warm up; overrides warmup_ratio when positive")
+    weight_decay: float = flag(0.0, "AdamW's decay, on matrices only")
+    adam_beta1: float = flag(0.9, "AdamW's first beta")
+    adam_beta2: float = flag(0.999, "AdamW's second beta")
+    adam_epsilon: float = flag(1e-8, "AdamW's epsilon")
+    max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm; 0: never")
+    optim: str = flag("adamw_torch", "optimizer", choices=("adamw_torch", "adamw_torch_fused"))
+    seed: int = flag(42, "seed of weights and data order")
+
+    # machine
+    bf16: bool = flag(False, "compute in bfloat16; weights and optimizer stay fp32")
+    fp16: bool = flag(False, "not supported: use --bf16")
+    tf32: bool = flag(False, "let fp32 matrix products on GPU round their inputs to TF32")
+    fsdp: str = flag("full_shard", "full_shard (weights gathered again in backward) or shard_grad_op (kept gathered)")
+    fsdp_transformer_layer_cls_to_wrap: str = flag("", "accepted; blocks are always the unit that is sharded")
+    gradient_checkpointing: bool = flag(False, "recompute each block in backward instead of keeping its activations")
+    torch_compile: bool = flag(False, "compile each block with torch.compile")
+    device: str = flag("auto", "auto, cpu or cuda")
+
+    # saving, logging, evaluation
+    save_strategy: str = flag("steps", "when to save a checkpoint", choices=STRATEGIES)
+    save_steps: int = flag(500, "steps between checkpoints")
+    save_total_limit: int = flag(0, "keep this many newest checkpoints (0: all)")
+    save_dtype: str = flag(
+        "auto",
+        "number type of the finished model (auto: bfloat16 with --bf16, else float32)",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    resume_from_checkpoint: str = flag(
+        "", "auto (newest good checkpoint in output_dir, if any) or a checkpoint-<step> directory"
+    )
+    evaluation_strategy: str = flag("no", "when to evaluate on the held-out records", choices=STRATEGIES)
+    eval_steps: int = flag(500, "steps between evaluations")
+    logging_steps: int = flag(1, "steps between lines of metrics.jsonl")
+    report_to: str = flag("none", "tensorboard: also write event files under <output_dir>/tensorboard")
+
+    def __post_init__(self) -> None:
+        for name in _POSITIVE:
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+        for name in _NOT_NEGATIVE:
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"--{name} is {value}; it must be a number, 0 or more")
+        if not 0 <= self.eval_fraction < 1:
+            raise ValueError(f"--eval_fraction is {self.eval_fraction}; it must be in [0, 1)")
+        for name in ("adam_beta1", "adam_beta2", "warmup_ratio"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"--{name} is {getattr(self, name)}; it must be in [0, 1)")
+        if self.fp16:
+            raise ValueError("--fp16 is not supported (its gradients overflow without loss scaling): use --bf16 True")
+        if self.data_weights and len(self.data_weights) != len(self.data_path):
+            raise ValueError(f"--data_weights has {len(self.data_weights)} numbers for {len(self.data_path)} files")
+        if any(not (math.isfinite(w) and w > 0) for w in self.data_weights):
+            raise ValueError(f"--data_weights {' '.join(map(str, self.data_weights))}: each must be above 0")
+        unknown = set(self.fsdp.split()) - {"full_shard", "shard_grad_op", "auto_wrap"}
+        if unknown:
+            raise ValueError(f"--fsdp {self.fsdp!r}: {', '.join(sorted(unknown))} is not supported")
+        if set(self.report_to.split(",")) - {"none", "tensorboard"}:
+            raise ValueError(f"--report_to {self.report_to!r}: none and tensorboard are supported")
+        if self.evaluation_strategy != "no" and self.eval_fraction == 0 and self.data_path:
+            raise ValueError("--evaluation_strategy needs held-out records: give --eval_fraction, 0.02 for instance")
+
+
+_POSITIVE = (
+    "model_max_length",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "save_steps",
+    "eval_steps",
+    "logging_steps",
+)
+_NOT_NEGATIVE = (
+    "num_train_epochs",
+    "learning_rate",
+    "weight_decay",
+    "adam_epsilon",
+    "max_grad_norm",
+    "warmup_steps",
+    "save_total_limit",
+    "preview",
+    "num_workers",
+    "seed",
+)
+# Names that other versions of the Hugging Face trainer use for the same thing.
+_ALIASES = {"evaluation_strategy": ["eval_strategy"], "report_to": ["report-to"]}
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() in ("true", "1", "yes"):
+        return True
+    if text.lower() in ("false", "0", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is not True or False")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line and exits with 2."""
+
+    def error(self, message: str) -> Any:
+        self.exit(2, f"error: {message} (--help lists the flags)\n")
+
+
+def parse(argv: list[str], builtin: dict[str, Any]) -> TrainArguments:
+    """Flags of a command line. `builtin` holds the defaults of a run on the built-in sample (no --data_path).
+
+    Underscores or dashes in names. Exits with 2 and one line on a flag that cannot be used; ValueError for a value.
+    """
+    argv = [_underscored(a) for a in argv]
+    parser = _Parser(
+        prog="train.py",
+        description="Fine-tune a LLaMA on dialogues. With no flags: train the tiny model on the built-in sample.",
+        allow_abbrev=False,
+    )
+    for f in dataclasses.fields(TrainArguments):
+        names = [f"--{n}" for n in (f.name, *_ALIASES.get(f.name, ()))]
+        options: dict[str, Any] = {"default": None, "help": f.metadata["help"].replace("%", "%%"), "dest": f.name}
+        if isinstance(f.default, bool):
+            options |= {"type": _boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
+        elif "nargs" in f.metadata:
+            options |= {"type": float if f.name == "data_weights" else str, "nargs": "+"}
+        else:
+            options["type"] = type(f.default)
+        if "choices" in f.metadata:
+            options["choices"] = f.metadata["choices"]
+        parser.add_argument(*names, **options)
+    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+    for name in ("data_path", "data_weights"):
+        if name in given:
+            given[name] = tuple(given[name])
+    defaults = {} if "data_path" in given else builtin
+    return TrainArguments(**{**defaults, **given})
+
+
+def _underscored(argument: str) -> str:
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return name[:2] + name[2:].replace("-", "_") + equals + value

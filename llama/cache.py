@@ -1,0 +1,62 @@
+"""KVCache: the keys and values of the tokens seen so far. Owned by whoever decodes; the model only appends to it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llama.config import LlamaConfig
+
+
+class KVCache:
+    """Preallocated keys and values of B rows and at most max_len positions, for every layer.
+
+    Stored as (L, B, G, S, K), so that one head's positions lie together; handed out as (B, S, G, K) views.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        batch: int,
+        max_len: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        shape = (config.n_layers, batch, config.n_kv_heads, max_len, config.head_dim)
+        self._k = torch.zeros(shape, device=device, dtype=dtype)
+        self._v = torch.zeros(shape, device=device, dtype=dtype)
+        self.batch = batch
+        self.max_len = max_len
+        self.length = 0  # positions filled, the same in every row
+        self.pad: Tensor | None = None  # (B,) int32: how many positions at a row's left are padding
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k, v (B, T, G, K) behind what is there; all keys and values (B, length + T, G, K), as views.
+
+        The length stays: the model advances it once all layers have appended.
+        """
+        T = k.shape[1]
+        end = self.length + T
+        if end > self.max_len:
+            raise ValueError(f"the KV cache holds {self.max_len} positions; {end} are needed")
+        self._k[layer, :, :, self.length : end] = k.transpose(1, 2)
+        self._v[layer, :, :, self.length : end] = v.transpose(1, 2)
+        return self._k[layer, :, :, :end].transpose(1, 2), self._v[layer, :, :, :end].transpose(1, 2)
+
+    def advance(self, T: int) -> None:
+        """Count T appended positions as filled."""
+        self.length += T
+
+    def truncate(self, length: int) -> None:
+        """Forget every position from `length` on."""
+        assert 0 <= length <= self.length, (length, self.length)
+        self.length = length
+
+    def starts(self, T: int) -> Tensor | None:
+        """(B, length + T) int32: the first position that each position may see; None when no row is padded."""
+        if self.pad is None:
+            return None
+        S = self.length + T
+        columns = torch.arange(S, device=self.pad.device, dtype=torch.int32)
+        pad = self.pad[:, None]
+        return torch.where(columns < pad, 0, pad).to(torch.int32)

@@ -1,0 +1,258 @@
+"""One directory <-> a model: the Hugging Face LLaMA layout, strict, atomic, streamed.
+
+train.py, generate.py, convert_weights.py, evaluate.py and serve.py open and save models here and nowhere else.
+Reading trusts nothing: a manifest is checked first when there is one, then names and shapes, and a failed load never
+goes on. What is saved opens in transformers, vLLM and llama.cpp's converter with nothing in between. Training state
+is training_state.py's; load_model opens the weights of a `checkpoint-<step>/` too.
+
+An embedding with more rows than the tokenizer has pieces (ChatDoctor's 32,001: a [PAD] row was added) keeps them, so
+that what is loaded is what was stored; whoever samples must leave out ids from `tokenizer.vocab_size` on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from llama.chat import ChatFormat
+from llama.config import LlamaConfig, from_hf, to_hf
+from llama.files import MANIFEST, atomic_directory, read_bytes, read_json, settle, verify
+from llama.hf_tokenizer import tokenizer_files
+from llama.model import Llama
+from llama.tokenizer import Tokenizer
+from llama.weights import Weights, stored_bytes, write_weights
+
+# ChatDoctor's chat.py: how its answers are sampled unless the user says otherwise.
+SAMPLING: dict[str, Any] = {
+    "do_sample": True,
+    "temperature": 0.5,
+    "top_k": 50,
+    "repetition_penalty": 1.1,
+    "max_new_tokens": 200,
+}
+_SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
+_DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+MAX_SHARD_BYTES = 5_000_000_000  # what transformers calls 5 GB
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def _directory(path: str | Path) -> Path:
+    path = Path(path)
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        raise ValueError(f"{path}: {what}; give the directory of a model (models are not downloaded by name)")
+    settle(path)
+    return path
+
+
+def load_config(path: str | Path) -> LlamaConfig:
+    """Sizes of the model in a directory."""
+    path = _directory(path)
+    if not (path / "config.json").exists():
+        if (path / "params.json").exists():
+            raise ValueError(f"{path}: Meta's layout (params.json); run: python convert_weights.py {path} OUT")
+        inner = sorted(path.glob("checkpoint-*"), key=lambda p: p.stat().st_mtime)
+        remedy = f"; open one of its training checkpoints: {inner[-1]}" if inner else ""
+        raise ValueError(f"{path}: has no config.json, so it is not a model directory{remedy}")
+    try:
+        return from_hf(read_json(path / "config.json"))
+    except ValueError as e:
+        raise ValueError(str(e) if str(e).startswith(str(path)) else f"{path}/{e}") from None
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The SentencePiece tokenizer of a directory; it must not have more pieces than the embedding has rows."""
+    path = _directory(path)
+    file = path / "tokenizer.model"
+    if not file.exists():
+        found = "only tokenizer.json" if (path / "tokenizer.json").exists() else "no tokenizer"
+        raise ValueError(
+            f"{path}: {found}; only SentencePiece models (tokenizer.model) open here, and Llama 3 has none"
+        )
+    tokenizer = Tokenizer(read_bytes(file), str(file))
+    if (path / "config.json").exists() and tokenizer.vocab_size > (rows := load_config(path).vocab_size):
+        raise ValueError(f"{file}: {tokenizer.vocab_size:,} pieces, but the embedding has {rows:,} rows")
+    return tokenizer
+
+
+def load_chat_format(path: str | Path) -> ChatFormat:
+    """The prompt format a model was trained with; ChatDoctor's when the directory does not say."""
+    file = _directory(path) / "chat_format.json"
+    if not file.exists():
+        return ChatFormat()
+    try:
+        return ChatFormat.from_json(read_json(file))
+    except ValueError as e:
+        raise ValueError(str(e) if str(e).startswith(str(file)) else f"{file.parent}/{e}") from None
+
+
+def load_generation(path: str | Path) -> dict[str, Any]:
+    """The sampling defaults in a directory's generation_config.json, under its own names; {} when there are none."""
+    file = _directory(path) / "generation_config.json"
+    if not file.exists():
+        return {}
+    values = {k: v for k, v in read_json(file).items() if k in _SAMPLING and v is not None}
+    for k, v in values.items():
+        if not isinstance(v, bool if k == "do_sample" else (int, float)) or (isinstance(v, bool) and k != "do_sample"):
+            raise ValueError(f"{file}: {k} is {v!r}; it must be {'true or false' if k == 'do_sample' else 'a number'}")
+    return values
+
+
+def load_model(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Llama:
+    """The model in a Hugging Face directory, or in a `checkpoint-<step>/` of a training run.
+
+    dtype None: as stored. ValueError, one line, for anything that is not exactly the model config.json describes.
+    """
+    path = _directory(path)
+    config = load_config(path)
+    _check(path)
+    weights = None if _is_training_state(path) else Weights(path, config)
+    with torch.device("meta"), _NoInit():
+        model = Llama(config)
+    dtype = dtype or (weights.dtype() if weights else torch.float32)
+    for module in model.modules():  # what to_empty() does, without its import of sympy (0.5 s)
+        for name, p in module.named_parameters(recurse=False):
+            setattr(module, name, torch.nn.Parameter(torch.empty(p.shape, dtype=dtype, device=device)))
+    _fill(model, path, weights)
+    return model
+
+
+class _NoInit(TorchFunctionMode):
+    """Modules made under it leave their parameters as they are: drawing random numbers on meta imports torch._dynamo,
+    0.8 s of the 1.1 s that loading a small model took."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return (kwargs or {}).get("tensor", args[0] if args else None)
+        return func(*args, **(kwargs or {}))
+
+
+def load_weights(model: Llama, path: str | Path) -> None:
+    """Fill a model in place, in its own dtype. Sharded parameters (DTensor): every rank reads only its slice.
+
+    Parameters on meta are given memory first (of their mesh's device, or the CPU's). In a process group all ranks
+    call it, and all raise when one fails.
+    """
+    path = _directory(path)
+    if any(p.is_meta for p in model.parameters()):
+        mesh = getattr(next(model.parameters()), "device_mesh", None)
+        model.to_empty(device="cpu" if mesh is None else mesh.device_type)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        from llama.training_state import together, verify_together
+
+        if (path / MANIFEST).exists():
+            verify_together(path)
+        together(lambda: _fill(model, path, None))
+        return
+    _check(path)
+    _fill(model, path, None)
+
+
+def _check(path: Path) -> None:
+    if (path / MANIFEST).exists():
+        verify(path)
+
+
+def _is_training_state(path: Path) -> bool:
+    return (path / ".metadata").exists()
+
+
+@torch.no_grad()
+def _fill(model: Llama, path: Path, weights: Weights | None) -> None:
+    if _is_training_state(path):
+        from llama.training_state import read_tensors  # torch.distributed.checkpoint takes 0.7 s to import
+
+        read_tensors(path, {f"model.{name}": p for name, p in model.named_parameters()}, partial=True)
+        return
+    weights = weights or Weights(path, model.config)
+    for name, p in model.named_parameters():
+        if hasattr(p, "device_mesh"):
+            from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+            shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+            if 0 not in shape:
+                where = tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
+                p.to_local().copy_(weights.read(name, where))
+        else:
+            p.copy_(weights.read(name))
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def model_files(
+    config: LlamaConfig,
+    tokenizer: Tokenizer | None,
+    chat_format: ChatFormat | None,
+    generation: dict[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+    extra: dict[str, Any] | None = None,
+) -> dict[str, bytes]:
+    """Every file of a model directory but the weights. generation None: ChatDoctor's sampling; extra: further keys of
+    config.json (they win). Without a tokenizer, bos and eos ids are what extra says."""
+    ids: dict[str, Any] = {}
+    if tokenizer is not None:
+        if tokenizer.vocab_size > config.vocab_size:
+            raise ValueError(f"the tokenizer has {tokenizer.vocab_size:,} pieces, the model {config.vocab_size:,} rows")
+        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": None}
+    document = to_hf(config) | ids | {"torch_dtype": _DTYPE_NAMES[dtype]} | (extra or {})
+    stops = {k: document[k] for k in ("bos_token_id", "eos_token_id") if document.get(k) is not None}
+    sampling = SAMPLING if generation is None else generation
+    files = {"config.json": _json(document), "generation_config.json": _json(stops | sampling)}
+    if chat_format is not None:
+        files["chat_format.json"] = _json(chat_format.to_json())
+    if tokenizer is not None:
+        files |= tokenizer_files(tokenizer, chat_format or ChatFormat(), config.max_seq_len)
+    return files
+
+
+def _json(d: dict[str, Any]) -> bytes:
+    return (json.dumps(d, indent=2, allow_nan=False) + "\n").encode()
+
+
+def save_model(
+    path: str | Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    config: LlamaConfig,
+    tokenizer: Tokenizer | None,
+    chat_format: ChatFormat | None,
+    generation: dict[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    extra: dict[str, Any] | None = None,
+) -> None:
+    """Write a model directory, whole or not at all; an earlier model at `path` is replaced only if it was saved here.
+
+    tensors: (our name, tensor) in layout.entries order, taken one by one, never held together. dtype None: that of
+    the first tensor; all are cast to it. Tensors that are not finite after the cast are a ValueError. generation,
+    extra: see model_files. In a process group only one rank calls it (training_state.save_sharded_model for all).
+    """
+    stream = iter(tensors)
+    first = next(stream, None)
+    if first is None:
+        raise ValueError(f"{path}: there are no tensors to save")
+    dtype = dtype or first[1].dtype
+    if dtype not in _DTYPE_NAMES:
+        raise ValueError(f"{path}: cannot save as {dtype}; choose float32, bfloat16 or float16")
+    files = model_files(config, tokenizer, chat_format, generation, dtype, extra)
+
+    def whole() -> Iterable[tuple[str, Tensor]]:
+        nonlocal first
+        assert first is not None
+        yield first
+        first = None
+        yield from stream
+
+    needed = stored_bytes(config, dtype) + sum(map(len, files.values())) + (1 << 20)
+    with atomic_directory(path, needed) as directory:
+        for name, data in files.items():
+            (directory / name).write_bytes(data)
+        write_weights(directory, whole(), config, dtype, max_shard_bytes)
