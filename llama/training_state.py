@@ -224,6 +224,11 @@ def prune(output_dir: Path, step: int, total_limit: int | None) -> None:
             remove([path])
 
 
+def forget(output_dir: Path) -> None:
+    """Remove every checkpoint-<step>/ that was written here, so that a run begun anew does not resume from one."""
+    remove(p for _, p in _checkpoints(output_dir) if (p / MANIFEST).exists() and (p / STATE).exists())
+
+
 def save_sharded_model(
     path: str | Path,
     tensors: Iterable[tuple[str, Tensor]],
