@@ -20,6 +20,7 @@ CHUNK = 1 << 20
 # bytes a character and twice that while a buffer grows: 64 MB at worst.
 MAX_RECORD = 8 << 20
 KEPT = 1000  # characters of a record over the limit that are kept for the report
+MAX_KEYS = 16  # first keys of records that are remembered, to know the start of a record after a broken one
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _QUOTE_OR_BRACKET = re.compile(r'["{}\[\]]')
@@ -178,7 +179,10 @@ def _decode_line(decoder: _Decoder, item: Item) -> Item:
         if end != len(item.raw) and not item.fault:
             item.fault = ("", "text after the record's closing brace; JSON lines hold one record a line")
     except json.JSONDecodeError as e:
-        item.fault = ("", _syntax(e, item.line, item.byte + len(item.raw[: e.pos].encode())))
+        reason = _syntax(e, item.line, item.byte + len(item.raw[: e.pos].encode()))
+        if e.pos >= len(item.raw):
+            reason += "; the line ends within the record, JSON lines hold a whole one"
+        item.fault = ("", reason)
     except RecursionError:
         item.fault = ("", _TOO_DEEP)
     return item
@@ -194,14 +198,14 @@ class _Window:
         self.text, self.at = "", 0
         self._file, self._on_bytes = file, on_bytes
         self._utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-        self._byte, self._line = file.tell(), 1  # of text[0]
+        self._mark = (0, 1, file.tell())  # a place in text, its line and byte
         self.ended = False
 
     def more(self) -> bool:
         """Drop what is before `at`, read on; False at the end of the file."""
         if self.ended:
             return False
-        self._line, self._byte = self.where(self.at)
+        self._mark = (0, *self.where(self.at))
         # Twice as much each time, so that a long record is not decoded anew for every chunk of it.
         data = self._file.read(max(CHUNK, len(self.text) - self.at))
         self.ended = not data
@@ -211,9 +215,13 @@ class _Window:
         return not self.ended
 
     def where(self, at: int) -> tuple[int, int]:
-        """Line and byte of text[at]."""
-        lines = self._line + self.text.count("\n", 0, at)
-        return lines, self._byte + len(self.text[:at].encode("utf-8", "surrogateescape"))
+        """Line and byte of text[at]; counting goes on from where it was asked for last."""
+        seen, line, byte = self._mark
+        passed = self.text[seen:at]
+        line, byte = line + passed.count("\n"), byte + len(passed.encode("utf-8", "surrogateescape"))
+        if at <= self.at:
+            self._mark = (at, line, byte)
+        return line, byte
 
     def peek(self) -> str:
         """The next character that is not white space, "" at the end of the file."""
@@ -251,15 +259,17 @@ def _array(file: BinaryIO, on_bytes: Callable[[int], None]) -> Iterator[Item]:
         index += 1
         item = _decode_element(w, decoder, index)
         item.fault = item.fault or fault
-        if first := _FIRST_KEY.match(item.raw):
+        if len(keys) < MAX_KEYS and (first := _FIRST_KEY.match(item.raw)):
             keys.add(first[1])
         if item.fault and item.fault[1] == _TOO_LONG:
             yield item
             _skip(w)
         elif item.fault and item.value is None:
             end = _find_end(w, keys)
-            item.fatal = end is None and not (w.ended and len(w.text) - w.at < MAX_RECORD)
-            end = len(w.text) if end is None else end
+            if end is None:
+                item.raw, item.fatal = w.text[w.at :], not w.ended or len(w.text) - w.at >= MAX_RECORD
+                yield item
+                return
             item.raw, w.at = w.text[w.at : end], end
             yield item
         else:
@@ -284,8 +294,8 @@ def _decode_element(w: _Window, decoder: _Decoder, index: int) -> Item:
                 w.more()
                 continue
             reason = _syntax(e, *w.where(e.pos))
-            if unfinished:
-                reason += "; the file ends within this record (truncated?)"
+            if e.pos >= len(w.text) or e.msg.startswith("Unterminated"):
+                reason += "; the file ends within this record (truncated, or a quote is missing?)"
             return Item(index, *w.where(w.at), None, w.text[w.at : w.at + KEPT], ("", reason))
         if end == len(w.text) and not w.ended and tried != end - w.at:
             tried = end - w.at  # a number at the border may go on
@@ -306,6 +316,8 @@ def _scan(text: str, at: int, depth: int, in_string: bool) -> tuple[int, int, bo
         at, c = found.end(), found[0]
         if c == '"':
             in_string = not in_string
+            if depth == 0 and not in_string:
+                return at, 0, False
         elif not in_string:
             depth += 1 if c in "{[" else -1
             if depth <= 0:
@@ -325,11 +337,11 @@ def _find_end(w: _Window, keys: set[str]) -> int | None:
     """Where the broken record at w.at ends, as far as that can be told: the nearer of two signs.
 
     One is its own closing bracket, if quotes and brackets balance and a comma or bracket follows. The other is what
-    looks like the start of another record of this file: a brace and one of the first keys seen. A quote inside a
-    string is always escaped, so that cannot stand in a text. None if neither comes within MAX_RECORD.
+    looks like the start of another record of this file: comma, brace and one of the first keys seen. A quote inside
+    a string is always escaped, so that cannot stand in a text. None if neither comes within MAX_RECORD or the file.
     """
     first_key = "|".join(map(re.escape, sorted(keys)))
-    start = re.compile(r"\}(?=\s*,\s*\{\s*(?:" + first_key + r")\s*:)") if keys else None
+    start = re.compile(r",\s*\{\s*(?:" + first_key + r")\s*:") if keys else None
     while True:
         ends: list[int] = []
         end, depth, in_string = _scan(w.text, w.at, 0, False)
@@ -338,7 +350,7 @@ def _find_end(w: _Window, keys: set[str]) -> int | None:
             if w.text[follows : follows + 1] in (",", "]"):
                 ends.append(end)
         if start and (found := start.search(w.text, w.at)):
-            ends.append(found.end())
+            ends.append(found.start())
         if ends:
             return min(ends)
         if len(w.text) - w.at >= MAX_RECORD or not w.more():

@@ -52,6 +52,16 @@ class KVCache:
         assert 0 <= length <= self.length, (length, self.length)
         self.length = length
 
+    def grown(self, max_len: int) -> KVCache:
+        """A cache of max_len positions that holds what this one does."""
+        L, B, G, _, K = self._k.shape
+        other = object.__new__(KVCache)
+        other.batch, other.max_len, other.length, other.pad = self.batch, max_len, self.length, self.pad
+        other._k, other._v = self._k.new_zeros(L, B, G, max_len, K), self._v.new_zeros(L, B, G, max_len, K)
+        other._k[:, :, :, : self.length] = self._k[:, :, :, : self.length]
+        other._v[:, :, :, : self.length] = self._v[:, :, :, : self.length]
+        return other
+
     def starts(self, T: int) -> Tensor | None:
         """(B, length + T) int32: the first position that each position may see; None when no row is padded."""
         if self.pad is None:

@@ -151,6 +151,23 @@ def render(dialogue: Dialogue, chat_format: ChatFormat, tokenizer: Encoder) -> t
     return ids, mask
 
 
+def fit(dialogue: Dialogue, chat_format: ChatFormat, tokenizer: Encoder, limit: int) -> tuple[list[int], int]:
+    """Prompt ids of a dialogue that ends with the user's turn, and how many of its oldest turns were left out.
+
+    A turn is a question with its answer. They go, oldest first, until the ids number at most `limit` or only the last
+    question is left; the system message stays.
+    """
+    messages = dialogue.messages
+    system = messages[:1] if messages[0].role == "system" else ()
+    turns = messages[len(system) :]
+    dropped = 0
+    while True:
+        ids, _ = render(Dialogue((*system, *turns[2 * dropped :])), chat_format, tokenizer)
+        if len(ids) <= limit or 2 * dropped + 1 >= len(turns):
+            return ids, dropped
+        dropped += 1
+
+
 def targets_of(ids: Sequence[int], mask: Sequence[bool]) -> list[int]:
     """Next-token targets: targets[t] = ids[t + 1] where that token carries loss, else IGNORE; same length as ids."""
     shifted = [token if keep else IGNORE for token, keep in zip(ids[1:], mask[1:], strict=True)]

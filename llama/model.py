@@ -134,11 +134,13 @@ class Llama(nn.Module):
         targets: Tensor | None = None,
         documents: kernels.Documents | None = None,
         cache: KVCache | None = None,
+        last_only: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits (B, T, V) of tokens (B, T); with targets (B, T), the summed loss (fp32) and its token count (int64).
 
         Targets of IGNORE carry no loss. documents: (start, end) int32 (B, T) of a packed batch: a token sees its own
         document, and positions restart in each. cache: the tokens follow what it holds, and it grows by them.
+        last_only: logits (B, 1, V) of the last token only, all that decoding needs of a prompt.
         """
         B, T = tokens.shape
         x = self.embed(tokens)
@@ -151,10 +153,11 @@ class Llama(nn.Module):
             x = layer(x, rotation, documents, memory)
         if cache is not None:
             cache.advance(T)
-        x = self.norm(x)
-        head = self.embed.weight if self.config.tie_embeddings else self.head.weight
+        x = self.norm(x[:, -1:] if last_only else x)
         if targets is None:
-            return nn.functional.linear(x, head)
+            # A tied model has a head only where one was given to it to decode faster.
+            return self.head(x) if hasattr(self, "head") else nn.functional.linear(x, self.embed.weight)
+        head = self.embed.weight if self.config.tie_embeddings else self.head.weight
         N, D = B * T, x.shape[-1]
         loss = kernels.linear_cross_entropy(x.view(N, D), head, targets.view(N), IGNORE)
         return loss, (targets != IGNORE).sum()
@@ -165,7 +168,8 @@ class Llama(nn.Module):
         """cos and sin of the T new positions: (T, K/2), or (B, T, K/2) where rows or documents restart."""
         needed = past + T
         if self._rotation is None or self._rotation[0].shape[0] < needed or self._rotation[0].device != device:
-            self._rotation = rotation_table(self.config, max(512, 2 ** math.ceil(math.log2(needed))), device)
+            with torch.inference_mode(False):  # decoding may come first, and training must still be able to use it
+                self._rotation = rotation_table(self.config, max(512, 2 ** math.ceil(math.log2(needed))), device)
         cos, sin = self._rotation
         if documents is None:
             return cos[past:needed], sin[past:needed]

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -130,7 +131,20 @@ def all_reduce(values: Tensor) -> Tensor:
     return values
 
 
-def barrier() -> None:
-    """Wait for all ranks."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.barrier()
+Result = TypeVar("Result")
+
+
+def first_alone(world: World, action: Callable[[], Result]) -> Result:
+    """Run action on rank 0, then on the others, which find what it left on disk. Its error ends all ranks."""
+    result, error = None, None
+    if world.rank == 0:
+        try:
+            result = action()
+        except ValueError as e:
+            error = e
+    failed = all_reduce(torch.tensor(float(error is not None)))
+    if error is not None:
+        raise error
+    if failed:
+        raise SystemExit(2)  # rank 0 says why
+    return result if result is not None else action()

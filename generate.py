@@ -1,0 +1,339 @@
+#!/usr/bin/env python
+"""Ask a trained model: one question (--prompt), a file of them (--input), or a chat in the terminal.
+
+Terminal and files are here; what makes an answer is llama/generation.py. stdout carries answers, stderr the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from llama.chat import Dialogue, Message, render
+from terminal.screen import Screen
+
+if TYPE_CHECKING:  # torch takes seconds to import: --help and wrong flags must not wait for it
+    from llama.generation import Doctor, Request
+    from llama.sampling import SamplingParams
+
+LATEST = Path("out/latest")  # train.py writes the path of the model it finished last into this file
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The flags; dashes in their names count as underscores."""
+    p = _Parser(prog="generate.py", description=__doc__, allow_abbrev=False)
+    add = p.add_argument
+    add("--checkpoint", metavar="DIR", help=f"model directory; default: the one named in {LATEST}")
+    add("--prompt", metavar="TEXT", help="answer this one question; - reads it from stdin")
+    add("--input", metavar="F.jsonl", help='answer every line: {"prompt"}, {"instruction", "input"} or {"messages"}')
+    add("--output", metavar="F.jsonl", help="where the answers to --input go; run again to go on after a break")
+    add("--batch_size", type=int, default=8, metavar="N", help="lines of --input answered side by side (8)")
+    add("--raw", action="store_true", help="pass the text as it is, without the checkpoint's prompt format")
+    add("--json", action="store_true", help="print one JSON object per answer")
+    add("--max_new_tokens", type=int, metavar="N", help="longest answer")
+    add("--temperature", type=float, metavar="X", help="0 always takes the likeliest token")
+    add("--top_k", type=int, metavar="N", help="choose among the N likeliest tokens; 0: all")
+    add("--top_p", type=float, metavar="X", help="choose among the likeliest tokens that hold X of the probability")
+    add("--min_p", type=float, metavar="X", help="drop tokens less than X times as likely as the likeliest")
+    add("--repetition_penalty", type=float, metavar="X", help="over 1 makes tokens of the answer less likely to recur")
+    add("--seed", type=int, metavar="N", help="same seed, same text")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; repeatable")
+    add("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1, ...")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: as the weights are stored")
+    add("--verbose", action="store_true", help="say on stderr what was loaded and which kernels run")
+    argv = [_underscored(a) for a in argv]
+    args = p.parse_args(argv)
+    if args.prompt is not None and args.input is not None:
+        p.error("--prompt and --input exclude each other")
+    if (args.input is None) != (args.output is None):
+        p.error("--input and --output need each other")
+    if args.prompt is None and args.input is None and (args.raw or args.json):
+        p.error(f"{'--raw' if args.raw else '--json'} needs --prompt or --input")
+    if args.batch_size < 1:
+        p.error(f"--batch_size is {args.batch_size}; it must be 1 or more")
+    return args
+
+
+def _underscored(argument: str) -> str:
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+# --- what answers ---------------------------------------------------------------------------------
+
+
+def load(args: argparse.Namespace) -> Doctor:
+    """Model, tokenizer, format and settings that the flags ask for. ValueError names what is wrong and the remedy."""
+    path = Path(args.checkpoint) if args.checkpoint is not None else _latest()
+    from llama import checkpoint
+
+    params, max_new_tokens = _settings(args, checkpoint.load_generation(path), path)
+    import torch
+
+    from llama.generation import Doctor, lay_out_for_decoding
+
+    model = checkpoint.load_model(path, _device(args.device), args.dtype and getattr(torch, args.dtype)).eval()
+    lay_out_for_decoding(model)
+    doctor = Doctor(
+        name=str(path),
+        model=model,
+        tokenizer=checkpoint.load_tokenizer(path),
+        chat_format=checkpoint.load_chat_format(path),
+        params=params,
+        max_new_tokens=max_new_tokens,
+        stop=tuple(args.stop),
+    )
+    doctor.request([doctor.tokenizer.bos_id])  # checks the rest of the settings
+    if args.verbose:
+        import kernels
+
+        print(f"{doctor.describe()}\n{kernels.describe()}", file=sys.stderr)
+    return doctor
+
+
+def _latest() -> Path:
+    remedy = "train one with `python train.py` or `make demo`, or name one with --checkpoint DIR"
+    try:
+        path = Path(LATEST.read_text().strip())
+    except (OSError, UnicodeDecodeError):
+        raise ValueError(f"no model yet ({LATEST} is not there): {remedy}") from None
+    if not path.is_dir():
+        raise ValueError(f"{LATEST} names {path}, which is not there any more: {remedy}")
+    return path
+
+
+def _settings(args: argparse.Namespace, stored: dict[str, Any], path: Path) -> tuple[SamplingParams, int]:
+    """Sampling settings and length: flags first, then the checkpoint's generation_config.json, then ChatDoctor's."""
+    from llama.checkpoint import CHATDOCTOR_SAMPLING
+    from llama.sampling import SamplingParams
+
+    stored = {k: stored[k] for k in (*SAMPLING, "do_sample") if stored.get(k) is not None}
+    if stored.pop("do_sample", True) is False:
+        stored["temperature"] = 0.0
+    try:
+        SamplingParams(**{k: v for k, v in stored.items() if k != "max_new_tokens"})
+    except ValueError as e:
+        raise ValueError(f"{path}/generation_config.json: {e}") from None
+    flags = {k: getattr(args, k) for k in SAMPLING if getattr(args, k) is not None}
+    defaults = {k: CHATDOCTOR_SAMPLING[k] for k in SAMPLING if k in CHATDOCTOR_SAMPLING}
+    values = {**defaults, **stored, **flags}
+    max_new_tokens = values.pop("max_new_tokens")
+    return SamplingParams(**values, seed=args.seed), max_new_tokens
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise ValueError(f"--device {name}: {str(e).splitlines()[0]}") from None
+    return name
+
+
+# --- one question ---------------------------------------------------------------------------------
+
+
+def answer_one(doctor: Doctor, args: argparse.Namespace) -> None:
+    """Answer --prompt on stdout."""
+    from llama.generation import Answer
+
+    text = _read_stdin() if args.prompt == "-" else args.prompt
+    answer = Answer(doctor.request(doctor.prompt_ids(text, args.raw), args.raw), doctor.tokenizer)
+    screen = Screen(sys.stdout)
+    try:
+        for piece in answer.stream(doctor.model):
+            if not args.json:
+                screen.write(piece)
+    finally:  # also after Ctrl-C
+        if args.json:
+            print(json.dumps(answer.to_json(), ensure_ascii=False), flush=True)
+        else:
+            screen.end()
+
+
+def _read_stdin() -> str:
+    data = sys.stdin.buffer.read()
+    try:
+        return data.decode().removesuffix("\n")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"stdin is not valid UTF-8 at byte {e.start}") from None
+
+
+# --- a file of questions --------------------------------------------------------------------------
+
+
+def answer_file(doctor: Doctor, args: argparse.Namespace) -> int:
+    """Answer every line of --input into --output; the number of lines that could not be answered.
+
+    One line of output per line of input: the record, its line number, and the answer or the error. Lines that an
+    earlier run answered are kept and not run again.
+    """
+    from tqdm import tqdm
+
+    from llama.generation import answer_batch
+
+    source, target = Path(args.input), Path(args.output)
+    records = list(_read_records(source))
+    answered = _resume(target, {line: record for line, record, _ in records})
+    todo = [r for r in records if r[0] not in answered]
+    rejected = 0
+    with (
+        target.open("a", encoding="utf-8") as out,
+        tqdm(total=len(records), initial=len(answered), unit=" answers", disable=None, file=sys.stderr) as bar,
+    ):
+        for i in range(0, len(todo), args.batch_size):
+            rows: list[tuple[int, Any, Request]] = []
+            results: list[dict[str, Any]] = []
+            for line, record, error in todo[i : i + args.batch_size]:
+                try:
+                    if error:
+                        raise ValueError(error)
+                    rows.append((line, record, doctor.request(_record_ids(doctor, record, args.raw), args.raw)))
+                except ValueError as e:
+                    rejected += 1
+                    bar.write(f"error: {source} line {line}: {e}", file=sys.stderr)
+                    results.append({"line": line, "record": record, "error": str(e)})
+            answers = answer_batch(doctor.model, doctor.tokenizer, [r for *_, r in rows]) if rows else []
+            for (line, record, _), answer in zip(rows, answers, strict=True):
+                results.append({"line": line, "record": record, **answer.to_json()})
+            for result in sorted(results, key=lambda r: r["line"]):
+                out.write(json.dumps(result, ensure_ascii=False) + "\n")
+            out.flush()
+            bar.update(len(results))
+    done = len(records) - rejected
+    print(f"{target}: {done:,} of {len(records):,} lines answered, {rejected:,} rejected", file=sys.stderr)
+    return rejected
+
+
+def _read_records(path: Path) -> Iterator[tuple[int, Any, str | None]]:
+    """(line number, record, what is wrong with it) of every line that is not empty."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as e:
+        raise ValueError(f"{path}: cannot be read ({e.strerror})") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            yield number, json.loads(line), None
+        except UnicodeDecodeError as e:
+            yield number, None, f"not valid UTF-8 at byte {e.start}"
+        except (ValueError, RecursionError) as e:
+            yield number, None, f"not JSON ({getattr(e, 'msg', 'nested too deeply')})"
+
+
+def _record_ids(doctor: Doctor, record: Any, raw: bool) -> list[int]:
+    """Prompt ids of one record. ValueError says what it lacks."""
+    if not isinstance(record, dict):
+        raise ValueError(f"a record must be an object, this is {type(record).__name__}")
+    if "messages" in record and not raw:
+        messages = record["messages"]
+        if not isinstance(messages, list) or not all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+            for m in messages
+        ):
+            raise ValueError("messages must be a list of objects with role and content")
+        dialogue = Dialogue(tuple(Message(m["role"], m["content"]) for m in messages))
+        if dialogue.messages[0].role != "system":
+            dialogue = Dialogue((*doctor.chat_format.opening(), *dialogue.messages))
+        if dialogue.messages[-1].role != "user":
+            raise ValueError("messages must end with the user's turn")
+        return _checked(doctor, render(dialogue, doctor.chat_format, doctor.tokenizer)[0])
+    key = "prompt" if "prompt" in record else "input"
+    text, instruction = record.get(key), record.get("instruction")
+    if not isinstance(text, str):
+        raise ValueError(f"no text under prompt, input{'' if raw else ' or messages'}")
+    if key == "input" and isinstance(instruction, str) and not raw:
+        turns = (Message("system", instruction), Message("user", text)) if text else (Message("user", instruction),)
+        return _checked(doctor, render(Dialogue(turns), doctor.chat_format, doctor.tokenizer)[0])
+    return _checked(doctor, doctor.prompt_ids(text, raw))
+
+
+def _checked(doctor: Doctor, ids: list[int]) -> list[int]:
+    from llama.generation import room_for
+
+    room_for(doctor.model, ids, 1)
+    return ids
+
+
+def _resume(path: Path, records: dict[int, Any]) -> set[int]:
+    """Lines answered by an earlier run; the file is left with those alone. ValueError if it is not such a run's."""
+    if not path.exists():
+        try:
+            path.touch()
+        except OSError as e:
+            raise ValueError(f"{path}: cannot be written ({e.strerror})") from None
+        return set()
+    kept: dict[int, bytes] = {}
+    lines = path.read_bytes().split(b"\n")
+    for i, line in enumerate(lines):
+        if not line.strip():
+            continue
+        try:
+            answer = json.loads(line)
+            same = answer["line"] in records and answer["record"] == records[answer["line"]]
+        except (ValueError, KeyError, TypeError):
+            if i == len(lines) - 1:
+                continue  # torn by a kill in the middle of a write
+            same = False
+        if not same:
+            raise ValueError(f"{path} exists and line {i + 1} is no answer to this --input; choose another --output")
+        if "error" not in answer:
+            kept[answer["line"]] = line
+    whole = path.with_name(path.name + ".tmp")
+    whole.write_bytes(b"".join(line + b"\n" for line in kept.values()))
+    os.replace(whole, path)
+    return set(kept)
+
+
+# --- which of them --------------------------------------------------------------------------------
+
+
+def run(argv: list[str]) -> int:
+    args = parse(argv)
+    doctor = load(args)
+    if args.prompt is not None:
+        answer_one(doctor, args)
+    elif args.input is not None:
+        return 2 if answer_file(doctor, args) else 0
+    else:
+        from terminal.chat import Chat
+
+        Chat(doctor).run()
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0, 2 for what the user can put right, 130 after Ctrl-C."""
+    try:
+        return run(sys.argv[1:] if argv is None else argv)
+    except ValueError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our answers has gone; nothing is left to say, and no more to flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal that cannot show a letter
+    sys.exit(main())

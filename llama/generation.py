@@ -1,0 +1,341 @@
+"""Prompt ids -> answers: prefill, decode, stop, stream; one prompt or a batch.
+
+generate.py, evaluation and serving call stream() for ids or Answer for text. A Context carries the KV cache from one
+turn of a dialogue to the next. Knows nothing of terminals, files or prompt formats.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama import few_rows
+from llama.cache import KVCache
+from llama.chat import ChatFormat, Dialogue, Message, render
+from llama.model import Llama
+from llama.sampling import Sampler, SamplingParams
+from llama.tokenizer import Tokenizer
+
+CHUNK = 256  # prompt tokens per prefill pass: bounds the memory of activations, long enough to keep a CPU busy
+
+
+@dataclass(frozen=True)
+class Request:
+    """One answer that is wanted: from which ids, how sampled, how long, ended early by which texts.
+
+    trim takes white space off the front of the answer.
+    """
+
+    prompt: Sequence[int]
+    params: SamplingParams = field(default_factory=SamplingParams)
+    max_new_tokens: int = 200
+    stop: tuple[str, ...] = ()
+    trim: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.max_new_tokens, bool) or not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens!r}; it must be a whole number, 1 or more")
+        if "" in self.stop:
+            raise ValueError("a stop text is empty; it would end every answer at once")
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """A model with everything that an answer needs: tokenizer, prompt format, settings."""
+
+    name: str
+    model: Llama
+    tokenizer: Tokenizer
+    chat_format: ChatFormat
+    params: SamplingParams
+    max_new_tokens: int
+    stop: tuple[str, ...] = ()
+
+    def prompt_ids(self, text: str, raw: bool = False) -> list[int]:
+        """Ids of a new chat's first question; raw: of BOS and the text as it is."""
+        if raw:
+            return [self.tokenizer.bos_id, *self.tokenizer.encode(text)]
+        if not text.strip():
+            raise ValueError("the prompt is empty")
+        dialogue = Dialogue((*self.chat_format.opening(), Message("user", text)))
+        return render(dialogue, self.chat_format, self.tokenizer)[0]
+
+    def request(self, ids: Sequence[int], raw: bool = False, params: SamplingParams | None = None) -> Request:
+        return Request(ids, params or self.params, self.max_new_tokens, self.stop, trim=not raw)
+
+    def describe(self) -> str:
+        """One line: which model, how large, where."""
+        n, weight = self.model.config.n_params(), self.model.embed.weight
+        size = f"{n / 1e9:.1f}B" if n >= 1e9 else f"{n / 1e6:.1f}M" if n >= 1e6 else f"{n:,}"
+        return f"{self.name}: {size} parameters, {str(weight.dtype).removeprefix('torch.')} on {weight.device}"
+
+
+class Context:
+    """What a model has read in one conversation: the ids and their KV cache, which grows as needed."""
+
+    def __init__(self, model: Llama) -> None:
+        self.model = model
+        self.ids: list[int] = []
+        self.cache: KVCache | None = None
+        self.reused = 0  # ids of the latest prompt that did not have to be run
+
+    def rewind(self, prompt: Sequence[int], room: int) -> list[int]:
+        """Keep what is shared with the prompt, make place for `room` positions, return the ids still to be run.
+
+        Ids are compared, not text: the same text may tokenise differently inside a longer one. At least one id is
+        left to run, for its logits.
+        """
+        held = 0 if self.cache is None else min(len(self.ids), self.cache.length)
+        shared = 0
+        for a, b in zip(self.ids[:held], prompt[: len(prompt) - 1], strict=False):
+            if a != b:
+                break
+            shared += 1
+        if self.cache is None:
+            self.cache = _new_cache(self.model, 1, room)
+        elif self.cache.max_len < room:
+            # By doubling: a conversation copies its cache a few times, and never holds a context it does not use.
+            self.cache = self.cache.grown(min(max(room, 2 * self.cache.max_len), self.model.config.max_seq_len))
+        self.cache.truncate(shared)
+        self.ids, self.reused = list(prompt), shared
+        return self.ids[shared:]
+
+
+def _new_cache(model: Llama, rows: int, room: int) -> KVCache:
+    weight = model.embed.weight
+    return KVCache(model.config, rows, room, device=weight.device, dtype=weight.dtype)
+
+
+def room_for(model: Llama, prompt: Sequence[int], max_new_tokens: int) -> int:
+    """How many new tokens fit behind the prompt, at most max_new_tokens. ValueError if there is no room for one."""
+    limit = model.config.max_seq_len
+    if not prompt:
+        raise ValueError("the prompt is empty: there is nothing to go on from")
+    if len(prompt) >= limit:
+        raise ValueError(
+            f"the prompt is {len(prompt):,} tokens long and the model's context holds {limit:,} "
+            "with the answer; shorten the prompt"
+        )
+    return min(max_new_tokens, limit - len(prompt))
+
+
+@torch.inference_mode()
+def _steps(model: Llama, tokens: Tensor, cache: KVCache, sampler: Sampler) -> Iterator[list[int]]:
+    """Run tokens (B, T), then yield every row's next token for as long as the caller asks."""
+    for i in range(0, tokens.shape[1], CHUNK):
+        logits = model(tokens[:, i : i + CHUNK], cache=cache, last_only=True)
+    while True:
+        new = sampler(logits[:, -1])
+        yield new.tolist()
+        logits = model(new[:, None], cache=cache, last_only=True)
+
+
+def stream(
+    model: Llama,
+    prompt: Sequence[int],
+    params: SamplingParams,
+    max_new_tokens: int,
+    stop_ids: Collection[int] = (),
+    *,
+    banned: Sequence[int] = (),
+    vocab_size: int | None = None,
+    context: Context | None = None,
+) -> Iterator[int]:
+    """The ids of one answer, as they come; a stop id ends it and is not yielded.
+
+    Ends after max_new_tokens or when the model's context is full. Ids in `banned` and from vocab_size on are never
+    chosen. With a context, what it shares with the prompt is not run again, and it remembers what is yielded, also
+    when the caller breaks off. ValueError for a prompt that does not fit.
+    """
+    room = room_for(model, prompt, max_new_tokens)
+    context = context or Context(model)
+    device = model.embed.weight.device
+    new = context.rewind(prompt, len(prompt) + room)
+    assert context.cache is not None
+    sampler = Sampler([params], [prompt], device, vocab_size, banned)
+    steps = _steps(model, torch.tensor([new], device=device), context.cache, sampler)
+    for _ in range(room):
+        (token,) = next(steps)
+        if token in stop_ids:
+            return
+        context.ids.append(token)
+        yield token
+
+
+class Answer:
+    """One answer: text and ids so far, and at the end why it ended and how fast it came."""
+
+    def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
+        self.request = request
+        self.text = ""
+        self.token_ids: list[int] = []
+        self.finish_reason: str | None = None  # "stop": EOS or a stop text; "length"; None: broken off
+        self.reused_tokens = 0
+        self._tokenizer = tokenizer
+        self._decoder = tokenizer.stream()
+        self._matcher = StopMatcher(request.stop)
+        self._begun = False
+        self._start = self._first = self._last = time.perf_counter()
+
+    def stream(self, model: Llama, context: Context | None = None) -> Iterator[str]:
+        """Pieces of text as they become certain. Breaking off leaves the answer as far as it came."""
+        context = context or Context(model)
+        limits = _limits(self._tokenizer)
+        request = self.request
+        tokens = stream(model, request.prompt, request.params, request.max_new_tokens, context=context, **limits)
+        self._start = time.perf_counter()
+        for token in tokens:
+            if not self.token_ids:
+                self.reused_tokens = context.reused
+            piece = self.feed(token)
+            if piece:
+                yield piece
+            if self.finish_reason:
+                return
+        ended = len(self.token_ids) < room_for(model, request.prompt, request.max_new_tokens)
+        yield self.finish("stop" if ended else "length")
+
+    def feed(self, token: int) -> str:
+        """Take in the next id; the text that is certain now. A stop text sets finish_reason."""
+        self._last = time.perf_counter()
+        if not self.token_ids:
+            self._first = self._last
+        self.token_ids.append(token)
+        return self._take(self._decoder.feed(token))
+
+    def finish(self, reason: str | None) -> str:
+        """End the answer; the text that was still held back."""
+        self.finish_reason = reason
+        piece = self._take(self._decoder.end())
+        if self.finish_reason == reason:
+            held = self._matcher.end()
+            self.text += held
+            piece += held
+        return piece
+
+    def _take(self, piece: str) -> str:
+        """The text that is certain once `piece` has come. Space at the front is none that a stop text could match."""
+        if self.request.trim and not self._begun:
+            piece = piece.lstrip()
+            self._begun = piece != ""
+        piece, stopped = self._matcher.feed(piece)
+        if stopped:
+            self.finish_reason = "stop"
+        self.text += piece
+        return piece
+
+    @property
+    def prefill_tokens_per_s(self) -> float | None:
+        seconds = self._first - self._start
+        return (len(self.request.prompt) - self.reused_tokens) / seconds if self.token_ids and seconds > 0 else None
+
+    @property
+    def decode_tokens_per_s(self) -> float | None:
+        """From the second token on; the first comes with the prefill."""
+        seconds = self._last - self._first
+        return (len(self.token_ids) - 1) / seconds if seconds > 0 else None
+
+    def to_json(self) -> dict[str, Any]:
+        prefill, decode = self.prefill_tokens_per_s, self.decode_tokens_per_s
+        return {
+            "text": self.text,
+            "token_ids": self.token_ids,
+            "prompt_tokens": len(self.request.prompt),
+            "finish_reason": self.finish_reason,
+            "prefill_tokens_per_s": None if prefill is None else round(prefill, 1),
+            "decode_tokens_per_s": None if decode is None else round(decode, 1),
+        }
+
+
+def _limits(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What may come out of a model with this tokenizer: a checkpoint may have rows that the tokenizer lacks."""
+    return {
+        "stop_ids": (tokenizer.eos_id,),
+        "banned": [i for i in (tokenizer.bos_id, tokenizer.unk_id) if i >= 0],
+        "vocab_size": tokenizer.vocab_size,
+    }
+
+
+def answer_batch(model: Llama, tokenizer: Tokenizer, requests: Sequence[Request]) -> list[Answer]:
+    """Answer all requests side by side; the same answers as one by one, up to rounding in the last bits of logits.
+
+    Short prompts are padded on the left, so keep prompts of like length together. ValueError if one does not fit.
+    """
+    rooms = [room_for(model, r.prompt, r.max_new_tokens) for r in requests]
+    answers = [Answer(r, tokenizer) for r in requests]
+    limits = _limits(tokenizer)
+    device = model.embed.weight.device
+    T = max(len(r.prompt) for r in requests)
+    pad = [T - len(r.prompt) for r in requests]
+    tokens = torch.tensor([[0] * n + list(r.prompt) for n, r in zip(pad, requests, strict=True)], device=device)
+    cache = _new_cache(model, len(requests), T + max(rooms))
+    cache.pad = torch.tensor(pad, dtype=torch.int32, device=device) if any(pad) else None
+    sampler = Sampler(
+        [r.params for r in requests], [r.prompt for r in requests], device, limits["vocab_size"], limits["banned"]
+    )
+    open_rows = set(range(len(requests)))
+    for row in _steps(model, tokens, cache, sampler):
+        for i in sorted(open_rows):
+            answer, token = answers[i], row[i]
+            if token in limits["stop_ids"]:
+                answer.finish("stop")
+            else:
+                answer.feed(token)
+                if answer.finish_reason is None and len(answer.token_ids) == rooms[i]:
+                    answer.finish("length")
+            if answer.finish_reason:
+                open_rows.discard(i)
+        if not open_rows:
+            return answers
+    raise AssertionError("_steps never ends by itself")
+
+
+class StopMatcher:
+    """Finds stop texts in text that comes in pieces, holding back what could be the start of one.
+
+    The match that is complete first wins, the longest of those that end together, however the text is cut.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+
+    def feed(self, piece: str) -> tuple[str, bool]:
+        """(text that is certain, whether a stop text ended it); after that, feed no more."""
+        if not self._stops:
+            return piece, False
+        text = self._held + piece
+        found = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
+        if found:
+            self._held = ""
+            return text[: min(found)[1]], True
+        n = self._start_of_a_stop(text)
+        self._held = text[len(text) - n :]
+        return text[: len(text) - n], False
+
+    def _start_of_a_stop(self, text: str) -> int:
+        """Length of the longest end of the text that begins a stop text."""
+        longest = min(len(text), max(len(stop) for stop in self._stops) - 1)
+        return next((n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in self._stops)), 0)
+
+    def end(self) -> str:
+        """What is still held back when no more text comes."""
+        held, self._held = self._held, ""
+        return held
+
+
+def lay_out_for_decoding(model: Llama) -> None:
+    """Change how weights are stored, in place, so that single rows multiply fast. For models that only decode.
+
+    A tied head gets a module of its own that shares the embedding's memory, transposed: looking up 64 rows then takes
+    0.2 ms instead of 0.02 (32000 x 768), where a copy would cost 98 MB.
+    """
+    few_rows.lay_out(model)
+    if model.config.tie_embeddings and few_rows.suits(model.embed.weight):
+        model.head = few_rows.FewRowsLinear(model.embed.weight)
+        model.embed.weight = model.head.weight

@@ -1,0 +1,182 @@
+"""Logits -> next token.
+
+generation.py calls a Sampler once per step for a whole batch. Order and meaning of the filters are those of
+transformers (repetition penalty, temperature, top-k, top-p, min-p), so that published settings carry over; two things
+differ on purpose: the penalty leaves the prompt alone unless asked, and top-k keeps exactly k tokens when values tie.
+Knows nothing of models, text or stopping.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen. The defaults are those of ChatDoctor's chat.py.
+
+    temperature 0 takes the likeliest token; top_k 0, top_p 1, min_p 0 and repetition_penalty 1 switch a filter off.
+    The penalty divides positive and multiplies negative logits of tokens seen before (Keskar et al. 2019,
+    arXiv:1909.05858): of the answer only, because punishing the prompt's tokens keeps the doctor from naming the
+    patient's own symptoms; penalize_prompt adds the prompt, as transformers does. seed None draws a fresh one.
+    """
+
+    temperature: float = 0.5
+    top_k: int = 50
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.1
+    penalize_prompt: bool = False
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_number("temperature", self.temperature, 0 <= _real(self.temperature) < math.inf, "0 or more")
+        _check_number("top_p", self.top_p, 0 < _real(self.top_p) <= 1, "over 0 and at most 1")
+        _check_number("min_p", self.min_p, 0 <= _real(self.min_p) <= 1, "from 0 to 1")
+        penalty = self.repetition_penalty
+        _check_number("repetition_penalty", penalty, 0 < _real(penalty) < math.inf, "over 0 (1 is off)")
+        if not _whole(self.top_k) or not 0 <= self.top_k < 2**31:
+            raise ValueError(f"top_k is {self.top_k!r}; it must be a whole number, 0 or more (0 is off)")
+        if self.seed is not None and (not _whole(self.seed) or not 0 <= self.seed < 2**63):
+            raise ValueError(f"seed is {self.seed!r}; it must be a whole number from 0 to 2^63 - 1")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0 or self.top_k == 1
+
+
+def _real(value: object) -> float:
+    """The value as a number; NaN, which fails every comparison, for anything else."""
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_number(name: str, value: object, ok: bool, wanted: str) -> None:
+    if not ok:
+        raise ValueError(f"{name} is {value!r}; it must be a number {wanted}")
+
+
+class Sampler:
+    """The state of sampling for the rows of one batch: settings, random generators, tokens seen.
+
+    Every row has settings and a generator of its own, on the CPU whatever the device: a row's draws depend on its
+    seed alone, not on its neighbours.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[SamplingParams],
+        prompts: Sequence[Sequence[int]],
+        device: torch.device | str = "cpu",
+        vocab_size: int | None = None,
+        banned: Sequence[int] = (),
+    ) -> None:
+        """One entry of params and prompts per row. Ids in `banned` and ids from `vocab_size` on are never chosen."""
+        assert len(params) == len(prompts) > 0
+        self.vocab_size = vocab_size
+        self._banned = torch.tensor(sorted(set(banned)), dtype=torch.int64, device=device) if banned else None
+        self._greedy = all(p.greedy for p in params)
+        self._generators = [torch.Generator().manual_seed(_seed(p)) for p in params]
+        # A greedy row among others is a row with one candidate.
+        top_ks = [1 if p.greedy else p.top_k for p in params]
+        self._sorted = min(top_ks) > 0 or any(p.top_p < 1 for p in params)
+        self._n_candidates = max(top_ks) if min(top_ks) > 0 else None  # None: all
+
+        def column(values: list[float], off: float) -> Tensor | None:
+            """(B, 1) settings, or None where every row has the filter off."""
+            used = any(v != off for v in values)
+            return torch.tensor(values, dtype=torch.float32, device=device)[:, None] if used else None
+
+        self._temperature = column([p.temperature or 1.0 for p in params], 1.0)
+        self._top_k = column([float(k or 2**31) for k in top_ks], top_ks[0]) if len(set(top_ks)) > 1 else None
+        self._top_p = column([p.top_p for p in params], 1.0)
+        self._min_p = column([p.min_p for p in params], 0.0)
+        self._penalty = column([p.repetition_penalty for p in params], 1.0)
+        self._punished = [ids if p.penalize_prompt else () for p, ids in zip(params, prompts, strict=True)]
+        self._seen: Tensor | None = None  # (B, V) tokens that the penalty applies to; made when V is known
+
+    @torch.inference_mode()
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Next tokens (B,) int64 for logits (B, V), which are left as they are.
+
+        ValueError if a row's logits hold NaN or +inf or nothing but -inf: the weights are damaged.
+        """
+        x = self.adjust(logits)
+        if self._greedy:
+            top, tokens = x.max(-1)
+            _check_finite(top)
+        else:
+            values, ids = self.candidates(x)
+            if ids is None:
+                tokens = self._draw(values)[:, 0]
+            else:
+                # Draw in the order of the vocabulary always: a row must not notice that its neighbours need sorting.
+                ids, order = ids.sort()
+                tokens = ids.gather(1, self._draw(values.gather(1, order)))[:, 0]
+        if self._seen is not None:
+            self._seen.scatter_(1, tokens[:, None], True)
+        return tokens
+
+    def adjust(self, logits: Tensor) -> Tensor:
+        """fp32 logits after the ban and the repetition penalty."""
+        x = logits[:, : self.vocab_size].float()
+        if self._banned is not None:
+            x = x.index_fill(1, self._banned, -math.inf)
+        if self._penalty is not None:
+            if self._seen is None:
+                self._seen = torch.zeros_like(x, dtype=torch.bool)
+                for row, ids in zip(self._seen, self._punished, strict=True):
+                    row[list(ids)] = True
+            x = torch.where(self._seen, torch.where(x < 0, x * self._penalty, x / self._penalty), x)
+        return x
+
+    def candidates(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Adjusted logits -> scaled logits (B, C) with -inf where a filter struck, and their ids (B, C).
+
+        In falling order when a filter needs one; else in the order of the vocabulary and the ids are None.
+        """
+        ids = None
+        if self._sorted:
+            C = min(self._n_candidates or x.shape[1], x.shape[1])
+            x, ids = x.topk(C)
+        if self._temperature is not None:
+            x = x / self._temperature
+        _check_finite(x[:, 0] if self._sorted else x.amax(-1))
+        if self._top_k is not None:
+            x = x.masked_fill(torch.arange(x.shape[1], device=x.device) >= self._top_k, -math.inf)
+        if self._top_p is not None:
+            p = x.softmax(-1)
+            # The tokens above this one already hold top_p; the first has none above it and stays.
+            x = x.masked_fill(p.cumsum(-1) - p >= self._top_p, -math.inf)
+        if self._min_p is not None:
+            p = x.softmax(-1)
+            x = x.masked_fill(p < self._min_p * p.amax(-1, keepdim=True), -math.inf)
+        return x, ids
+
+    def _draw(self, values: Tensor) -> Tensor:
+        """Column (B, 1) drawn from softmax(values) by inverting the cumulative distribution, one uniform per row."""
+        cumulative = values.double().softmax(-1).cumsum(-1)
+        total = cumulative[:, -1:]
+        u = torch.cat([torch.rand(1, 1, dtype=torch.float64, generator=g) for g in self._generators])
+        # Strictly below the total, so that the column found has a probability above 0 even if the product rounds up.
+        x = torch.minimum(u.to(values.device) * total, torch.nextafter(total, torch.zeros_like(total)))
+        return torch.searchsorted(cumulative, x, right=True)
+
+
+def _seed(params: SamplingParams) -> int:
+    return params.seed if params.seed is not None else secrets.randbits(62)
+
+
+def _check_finite(top: Tensor) -> None:
+    """top: the largest logit of each row; topk and max put NaN first."""
+    if not all(map(math.isfinite, top.tolist())):
+        raise ValueError("the model's logits are not finite; the weights are damaged or overflow in this dtype")
