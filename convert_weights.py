@@ -88,7 +88,6 @@ class Job:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; the exit code."""
     args = parse(argv)
-    signal.signal(signal.SIGTERM, _interrupt)
     try:
         convert(args)
     except ValueError as e:
@@ -404,4 +403,5 @@ def _size(n: int) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _interrupt)  # a stopped job cleans up as an interrupted one does
     sys.exit(main())
