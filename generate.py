@@ -117,7 +117,7 @@ def _latest() -> Path:
 
 def _settings(args: argparse.Namespace, stored: dict[str, Any], path: Path) -> tuple[SamplingParams, int]:
     """Sampling settings and length: flags first, then the checkpoint's generation_config.json, then ChatDoctor's."""
-    from llama.checkpoint import CHATDOCTOR_SAMPLING
+    from llama import checkpoint
     from llama.sampling import SamplingParams
 
     stored = {k: stored[k] for k in (*SAMPLING, "do_sample") if stored.get(k) is not None}
@@ -128,7 +128,7 @@ def _settings(args: argparse.Namespace, stored: dict[str, Any], path: Path) -> t
     except ValueError as e:
         raise ValueError(f"{path}/generation_config.json: {e}") from None
     flags = {k: getattr(args, k) for k in SAMPLING if getattr(args, k) is not None}
-    defaults = {k: CHATDOCTOR_SAMPLING[k] for k in SAMPLING if k in CHATDOCTOR_SAMPLING}
+    defaults = {k: checkpoint.SAMPLING[k] for k in SAMPLING if k in checkpoint.SAMPLING}
     values = {**defaults, **stored, **flags}
     max_new_tokens = values.pop("max_new_tokens")
     return SamplingParams(**values, seed=args.seed), max_new_tokens

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"train", "generate", "convert_weights", "evaluate", "serve"}
-TEXT_HALF = {"llama", "llama.config", "llama.tokenizer", "llama.chat", "llama.arguments", "llama.files", "llama.runlog"}
+TEXT_HALF = {"llama", *(f"llama.{name}" for name in ("arguments", "chat", "config", "files", "schedule", "tokenizer"))}
 SOURCES = [
     *(ROOT / f"{name}.py" for name in sorted(SCRIPTS) if (ROOT / f"{name}.py").exists()),
     *(path for folder in ("llama", "kernels", "data") for path in sorted((ROOT / folder).rglob("*.py"))),
