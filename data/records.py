@@ -17,6 +17,7 @@ from llama.chat import DOCTOR_INSTRUCTION, Dialogue, Message, Role
 from llama.tokenizer import MAX_CHARS
 
 ANSWERS = ("answer_icliniq", "answer_chatgpt", "answer_chatdoctor")  # iCliniq's three; which one is a flag
+MAX_TEXT = MAX_CHARS - 10_000  # of a dialogue: what the tokenizer takes, less room for the words of the prompt format
 _SPEAKERS: dict[str, Role] = {
     "human": "user",
     "user": "user",
@@ -99,6 +100,8 @@ def read_records(
         if fault is None:
             try:
                 dialogues = _dialogues(item.value, instruction, answer)
+                for dialogue in dialogues:
+                    _check_size(dialogue)
             except _Unusable as e:
                 fault = (e.field, e.reason)
         if fault is not None:
@@ -112,7 +115,7 @@ def read_records(
 def _refuse(path: Path, item: Item, fault: tuple[str, str], on_bad: OnBad | None, good: int) -> None:
     field, reason = fault
     if item.fatal:
-        reason += f"; no next record is found after it, {good:,} usable records were read before"
+        reason += f"; no record is found after this, {good:,} usable ones were read before"
     bad = BadRecord(path, item.index, field, reason, f"line {item.line:,}, byte {item.byte:,}")
     if on_bad is not None:
         on_bad(bad, item.raw.encode("utf-8", "surrogateescape"))
@@ -202,6 +205,12 @@ def _turns(value: dict[str, Any], field: str, who: str, what: str, instruction: 
         raise _Unusable(field, str(e)) from None
 
 
+def _check_size(dialogue: Dialogue) -> None:
+    size = sum(len(m.content) for m in dialogue.messages)
+    if size > MAX_TEXT:
+        raise _Unusable("", f"has {size:,} characters of text; the limit is {MAX_TEXT:,}")
+
+
 def _items(value: dict[str, Any], field: str) -> list[dict[str, Any]]:
     items = value[field]
     if not isinstance(items, list):
@@ -225,8 +234,6 @@ def _text(value: dict[str, Any], field: str, at: str = "", may_lack: bool = Fals
         raise _Unusable(at + field, f"is {_kind(text)}; text is wanted")
     if not text.strip() and not may_lack:
         raise _Unusable(at + field, "is empty" if not text else "is blank")
-    if len(text) > MAX_CHARS:
-        raise _Unusable(at + field, f"has {len(text):,} characters; the limit is {MAX_CHARS:,}")
     if not text.isascii():
         try:
             text.encode()

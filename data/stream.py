@@ -20,6 +20,7 @@ CHUNK = 1 << 20
 # bytes a character and twice that while a buffer grows: 64 MB at worst.
 MAX_RECORD = 8 << 20
 KEPT = 1000  # characters of a record over the limit that are kept for the report
+MAX_KEYS = 16  # first keys of records that are remembered, to know the start of a record after a broken one
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _QUOTE_OR_BRACKET = re.compile(r'["{}\[\]]')
@@ -33,7 +34,7 @@ class Item:
 
     index counts records from 1; line (from 1) and byte (from 0) say where it starts. raw is its text, with bytes
     that are not UTF-8 as lone surrogates (Python's "surrogateescape"). fault is (field, reason); after a fatal one
-    nothing more can be read.
+    nothing more can be read, though more is there.
     """
 
     index: int
@@ -178,7 +179,10 @@ def _decode_line(decoder: _Decoder, item: Item) -> Item:
         if end != len(item.raw) and not item.fault:
             item.fault = ("", "text after the record's closing brace; JSON lines hold one record a line")
     except json.JSONDecodeError as e:
-        item.fault = ("", _syntax(e, item.line, item.byte + len(item.raw[: e.pos].encode())))
+        reason = _syntax(e, item.line, item.byte + len(item.raw[: e.pos].encode()))
+        if e.pos >= len(item.raw):
+            reason += "; the line ends within the record, JSON lines hold a whole one"
+        item.fault = ("", reason)
     except RecursionError:
         item.fault = ("", _TOO_DEEP)
     return item
@@ -194,14 +198,14 @@ class _Window:
         self.text, self.at = "", 0
         self._file, self._on_bytes = file, on_bytes
         self._utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-        self._byte, self._line = file.tell(), 1  # of text[0]
+        self._mark = (0, 1, file.tell())  # a place in text, its line and byte
         self.ended = False
 
     def more(self) -> bool:
         """Drop what is before `at`, read on; False at the end of the file."""
         if self.ended:
             return False
-        self._line, self._byte = self.where(self.at)
+        self._mark = (0, *self.where(self.at))
         # Twice as much each time, so that a long record is not decoded anew for every chunk of it.
         data = self._file.read(max(CHUNK, len(self.text) - self.at))
         self.ended = not data
@@ -211,9 +215,13 @@ class _Window:
         return not self.ended
 
     def where(self, at: int) -> tuple[int, int]:
-        """Line and byte of text[at]."""
-        lines = self._line + self.text.count("\n", 0, at)
-        return lines, self._byte + len(self.text[:at].encode("utf-8", "surrogateescape"))
+        """Line and byte of text[at]; counting goes on from where it was asked for last."""
+        seen, line, byte = self._mark
+        passed = self.text[seen:at]
+        line, byte = line + passed.count("\n"), byte + len(passed.encode("utf-8", "surrogateescape"))
+        if at <= self.at:
+            self._mark = (at, line, byte)
+        return line, byte
 
     def peek(self) -> str:
         """The next character that is not white space, "" at the end of the file."""
@@ -242,51 +250,54 @@ def _array(file: BinaryIO, on_bytes: Callable[[int], None]) -> Iterator[Item]:
             fault = ("", "the file ends without the closing bracket of the array (truncated?)")
         if c == "]":
             w.at += 1
-            if not fault and w.peek():
+            if w.peek():
                 fault = ("", "text after the closing bracket of the array")
         if c in ("", "]"):
             if fault:
-                yield Item(index + 1, *w.where(w.at), None, "", fault)
+                rest = w.text[w.at : w.at + KEPT] if c else ""
+                yield Item(index + 1, *w.where(w.at), None, rest, fault, fatal=bool(rest))
             return
         index += 1
-        item = _decode_element(w, decoder, index)
+        item, passed = _decode_element(w, decoder, index)
         item.fault = item.fault or fault
-        if first := _FIRST_KEY.match(item.raw):
+        if len(keys) < MAX_KEYS and (first := _FIRST_KEY.match(item.raw)):
             keys.add(first[1])
         if item.fault and item.fault[1] == _TOO_LONG:
             yield item
             _skip(w)
-        elif item.fault and item.value is None:
+        elif not passed:
             end = _find_end(w, keys)
-            item.fatal = end is None and not (w.ended and len(w.text) - w.at < MAX_RECORD)
-            end = len(w.text) if end is None else end
+            if end is None:
+                item.raw, item.fatal = w.text[w.at :], not w.ended or len(w.text) - w.at >= MAX_RECORD
+                yield item
+                return
             item.raw, w.at = w.text[w.at : end], end
             yield item
         else:
             yield item
 
 
-def _decode_element(w: _Window, decoder: _Decoder, index: int) -> Item:
-    """The record at w.at. w moves past it, except after a syntax error, nesting too deep or a length over the limit."""
+def _decode_element(w: _Window, decoder: _Decoder, index: int) -> tuple[Item, bool]:
+    """The record at w.at, and whether w is past it: not after a syntax error, too deep nesting, too great a length."""
     tried = 0
     while True:
         try:
             value, end = decoder.decode(w.text, w.at)
         except RecursionError:
-            return Item(index, *w.where(w.at), None, "", ("", _TOO_DEEP))
+            return Item(index, *w.where(w.at), None, "", ("", _TOO_DEEP)), False
         except json.JSONDecodeError as e:
             held = len(w.text) - w.at
             # An error at the very end, or a string without an end, may only mean that the rest is not read yet.
             unfinished = e.msg.startswith("Unterminated string") or e.pos >= len(w.text) - 12
             if unfinished and held >= MAX_RECORD:
-                return Item(index, *w.where(w.at), None, w.text[w.at : w.at + KEPT], ("", _TOO_LONG))
+                return Item(index, *w.where(w.at), None, w.text[w.at : w.at + KEPT], ("", _TOO_LONG)), False
             if unfinished and not w.ended:
                 w.more()
                 continue
             reason = _syntax(e, *w.where(e.pos))
-            if unfinished:
-                reason += "; the file ends within this record (truncated?)"
-            return Item(index, *w.where(w.at), None, w.text[w.at : w.at + KEPT], ("", reason))
+            if e.pos >= len(w.text) or e.msg.startswith("Unterminated"):
+                reason += "; the file ends within this record (truncated, or a quote is missing?)"
+            return Item(index, *w.where(w.at), None, w.text[w.at : w.at + KEPT], ("", reason)), False
         if end == len(w.text) and not w.ended and tried != end - w.at:
             tried = end - w.at  # a number at the border may go on
             w.more()
@@ -294,7 +305,7 @@ def _decode_element(w: _Window, decoder: _Decoder, index: int) -> Item:
         raw = w.text[w.at : end]
         item = Item(index, *w.where(w.at), value, raw, decoder.fault or _utf8_fault(raw))
         w.at = end
-        return item
+        return item, True
 
 
 def _scan(text: str, at: int, depth: int, in_string: bool) -> tuple[int, int, bool]:
@@ -306,6 +317,8 @@ def _scan(text: str, at: int, depth: int, in_string: bool) -> tuple[int, int, bo
         at, c = found.end(), found[0]
         if c == '"':
             in_string = not in_string
+            if depth == 0 and not in_string:
+                return at, 0, False
         elif not in_string:
             depth += 1 if c in "{[" else -1
             if depth <= 0:
@@ -325,11 +338,11 @@ def _find_end(w: _Window, keys: set[str]) -> int | None:
     """Where the broken record at w.at ends, as far as that can be told: the nearer of two signs.
 
     One is its own closing bracket, if quotes and brackets balance and a comma or bracket follows. The other is what
-    looks like the start of another record of this file: a brace and one of the first keys seen. A quote inside a
-    string is always escaped, so that cannot stand in a text. None if neither comes within MAX_RECORD.
+    looks like the start of another record of this file: comma, brace and one of the first keys seen. A quote inside
+    a string is always escaped, so that cannot stand in a text. None if neither comes within MAX_RECORD or the file.
     """
     first_key = "|".join(map(re.escape, sorted(keys)))
-    start = re.compile(r"\}(?=\s*,\s*\{\s*(?:" + first_key + r")\s*:)") if keys else None
+    start = re.compile(r",\s*\{\s*(?:" + first_key + r")\s*:") if keys else None
     while True:
         ends: list[int] = []
         end, depth, in_string = _scan(w.text, w.at, 0, False)
@@ -338,7 +351,7 @@ def _find_end(w: _Window, keys: set[str]) -> int | None:
             if w.text[follows : follows + 1] in (",", "]"):
                 ends.append(end)
         if start and (found := start.search(w.text, w.at)):
-            ends.append(found.end())
+            ends.append(found.start())
         if ends:
             return min(ends)
         if len(w.text) - w.at >= MAX_RECORD or not w.more():

@@ -271,8 +271,6 @@ def to_meta(c: LlamaConfig) -> dict[str, Any]:
         "n_heads": c.n_heads,
         "vocab_size": c.vocab_size,
         "norm_eps": c.norm_eps,
-        "rope_theta": c.rope_theta,
-        "max_seq_len": c.max_seq_len,
     }
     if c.n_kv_heads != c.n_heads:
         p["n_kv_heads"] = c.n_kv_heads
@@ -286,5 +284,13 @@ def to_meta(c: LlamaConfig) -> dict[str, Any]:
     if c.rope_scaling:
         if c.rope_scaling.kind != "llama3":
             raise ValueError(f"Meta's format has no {c.rope_scaling.kind} rope scaling")
-        p |= {"use_scaled_rope": True, "rope_scaling_factor": c.rope_scaling.factor}
+        p["use_scaled_rope"] = True
+    if c.rope_theta != 10000.0:
+        p["rope_theta"] = c.rope_theta
+    # Keys that Meta's own files lack, and its code refuses (Llama 2 passes max_seq_len to ModelArgs a second time),
+    # are written only where from_meta would guess another value.
+    if c.rope_scaling and from_meta(p, c.vocab_size).rope_scaling != c.rope_scaling:
+        p["rope_scaling_factor"] = c.rope_scaling.factor
+    if from_meta(p, c.vocab_size).max_seq_len != c.max_seq_len:
+        p["max_seq_len"] = c.max_seq_len
     return p

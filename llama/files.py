@@ -137,10 +137,10 @@ def write_manifest(path: Path, known: dict[str, str] | None = None) -> None:
     files = sorted(p for p in path.iterdir() if p.name != MANIFEST)
     for p in files:
         assert p.is_file(), f"{p}: only plain files go into a saved directory"
-    with _pool(len(files)) as pool:
-        crcs = pool.map(lambda p: known.get(p.name) or crc32_of(p), files)
-        listed = {p.name: {"bytes": p.stat().st_size, "crc32": crc} for p, crc in zip(files, crcs, strict=True)}
-        list(pool.map(fsync, files))
+    crcs = known | _checksums([p for p in files if p.name not in known])
+    listed = {p.name: {"bytes": p.stat().st_size, "crc32": crcs[p.name]} for p in files}
+    for p in files:
+        fsync(p)
     (path / MANIFEST).write_text(json.dumps({"files": listed}, indent=1) + "\n")
     fsync(path / MANIFEST)
     fsync(path)
@@ -168,10 +168,9 @@ def verify(path: str | Path, part: int = 0, parts: int = 1) -> None:
         if (p.name in _READ_BY_NAME or p.name.endswith(_READ_BY_SUFFIX)) and p.name not in listed:
             raise ValueError(f"{p}: was added after the save ({MANIFEST} does not list it); move it elsewhere")
     share = sorted(listed, key=lambda name: -listed[name].bytes)[part::parts]
-    with _pool(len(share)) as pool:
-        for name, crc in zip(share, pool.map(lambda name: crc32_of(path / name), share), strict=True):
-            if crc != listed[name].crc32:
-                raise ValueError(_changed(path / name))
+    for name, crc in _checksums([path / name for name in share]).items():
+        if crc != listed[name].crc32:
+            raise ValueError(_changed(path / name))
 
 
 def verified(path: Path) -> str:
@@ -201,8 +200,12 @@ def _stats(path: Path) -> tuple[tuple[str, int, int, int], ...]:
         return ()
 
 
-def _pool(jobs: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1, jobs)))
+def _checksums(files: list[Path]) -> dict[str, str]:
+    """Checksums by file name, in parallel where there is enough to read for that to pay."""
+    if sum(p.stat().st_size for p in files) < 1 << 22:
+        return {p.name: crc32_of(p) for p in files}
+    with ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1, len(files)))) as pool:
+        return dict(zip((p.name for p in files), pool.map(crc32_of, files), strict=True))
 
 
 # --- writing --------------------------------------------------------------------------------------
@@ -229,7 +232,9 @@ class Staged:
     def close(self, *, remove: bool) -> None:
         if remove:
             shutil.rmtree(self.directory, ignore_errors=True)
-        os.close(self.lock)
+        if self.lock >= 0:
+            os.close(self.lock)
+        self.lock = -1
 
 
 def stage(path: str | Path, needed: int = 0) -> Staged:

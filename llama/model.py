@@ -182,16 +182,19 @@ def _memory_of(cache: KVCache, layer: int) -> Memory:
 
 
 def rotation_table(c: LlamaConfig, length: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """cos and sin of every position below length, fp32 (length, K/2).
+    """cos and sin of every position below length, fp32 (length, K/2)."""
+    angles = torch.outer(torch.arange(length, device="cpu").float(), rotation_frequencies(c))
+    return angles.cos().to(device), angles.sin().to(device)
 
-    Frequencies are made in fp32 on the CPU, so that every device rotates by the same angles.
+
+def rotation_frequencies(c: LlamaConfig) -> Tensor:
+    """Angle by which each pair of a head turns per position, fp32 (K/2,).
+
+    Made in fp32 on the CPU, so that every device rotates by the same angles.
     """
     K = c.head_dim
     frequencies = 1.0 / (c.rope_theta ** (torch.arange(0, K, 2, device="cpu").float() / K))
-    if c.rope_scaling is not None:
-        frequencies = _scaled(frequencies, c.rope_scaling)
-    angles = torch.outer(torch.arange(length, device="cpu").float(), frequencies)
-    return angles.cos().to(device), angles.sin().to(device)
+    return frequencies if c.rope_scaling is None else _scaled(frequencies, c.rope_scaling)
 
 
 def _scaled(frequencies: Tensor, s: RopeScaling) -> Tensor:

@@ -112,12 +112,11 @@ def save_training_state(
     their rank in the name. state: JSON values. files: further small files (checkpoint.model_files). All ranks call
     it, on one shared file system; an error on any is raised on all, and leaves the earlier checkpoints as they were.
     """
-    rank, _ = _ranks()
+    assert all(isinstance(t, Tensor) for t in tensors.values()), "only tensors: anything else would be pickled"
     target = Path(output_dir) / f"checkpoint-{step}"
     document = (json.dumps(state, indent=1, allow_nan=False) + "\n").encode()
     small = {**files, STATE: document}
-    local = sum(_local_bytes(t) for t in tensors.values() if rank == 0 or hasattr(t, "device_mesh"))
-    needed = sum(together(lambda: local)) + sum(map(len, small.values())) + (1 << 20)
+    needed = _bytes(tensors) + sum(map(len, small.values())) + (1 << 20)
     staged: Staged | None = None
 
     def begin() -> str:
@@ -125,30 +124,42 @@ def save_training_state(
         staged = stage(target, needed)
         return str(staged.directory)
 
+    def end(*, remove: bool) -> None:
+        if staged is not None:
+            staged.close(remove=remove)
+
     directory = Path(on_first_rank(begin))
-    done = False
     try:
         crcs: dict[str, str] = {}
         for part in together(lambda: _write_shards(directory, tensors, target)):
             crcs |= part
         on_first_rank(lambda: _finish(staged, small, crcs, target))
-        done = True
-    finally:
-        if staged is not None:
-            staged.close(remove=not done)
+    except ValueError:  # on all ranks: none goes on before the half-written files are gone
+        on_first_rank(lambda: end(remove=True))
+        raise
+    except BaseException:  # on this rank alone
+        end(remove=True)
+        raise
+    end(remove=False)
     on_first_rank(lambda: prune(target.parent, step, total_limit))
     return target
 
 
-def _local_bytes(t: Tensor) -> int:
-    here = t.to_local() if hasattr(t, "to_local") else t
-    return here.numel() * here.element_size()
+def _bytes(tensors: dict[str, Tensor]) -> int:
+    """Bytes on disk over all ranks: every shard, and a plain tensor once however many ranks have it."""
+    shards = sum(t.to_local().nbytes for t in tensors.values() if hasattr(t, "to_local"))
+    plain = {name: t.nbytes for name, t in tensors.items() if not hasattr(t, "to_local")}
+    once: dict[str, int] = {}
+    total = 0
+    for part, names in together(lambda: (shards, plain)):
+        total += part
+        once |= names
+    return total + sum(once.values())
 
 
 def _write_shards(directory: Path, tensors: dict[str, Tensor], target: Path) -> dict[str, str]:
     """Write this rank's shards; their checksums."""
     rank, size = _ranks()
-    assert all(isinstance(t, Tensor) for t in tensors.values()), "only tensors: anything else would be pickled"
     writer = dcp.FileSystemWriter(directory, single_file_per_rank=True, sync_files=True)
     try:
         with warnings.catch_warnings():
@@ -161,18 +172,22 @@ def _write_shards(directory: Path, tensors: dict[str, Tensor], target: Path) -> 
 
 def _why_not_saved(e: BaseException, target: Path) -> str:
     """torch says "unexpected pos 704 vs 598" for a full disk, which nobody reads as one."""
-    failures = getattr(e, "failures", {}).values()
-    reasons = [f[0] if isinstance(f, tuple) else f for f in failures] or [e]
-    text = "; ".join(sorted({f"{type(r).__name__}: {r}".splitlines()[0] for r in reasons}))
+    text = _reasons(e)
     try:
         need_space(target, 1 << 20)
     except ValueError:
         full = True
     else:
-        full = any("unexpected pos" in str(r) or "No space left" in str(r) for r in reasons)
+        full = "unexpected pos" in text or "No space left" in text
     if full:
         return f"{target}: the disk is full; the earlier checkpoints are unchanged ({text})"
     return f"{target}: could not be saved ({text})"
+
+
+def _reasons(e: BaseException) -> str:
+    """What went wrong, in one line; torch wraps the errors of all ranks, with their tracebacks, into one."""
+    wrapped = [f[0] if isinstance(f, tuple) else f for f in getattr(e, "failures", {}).values()] or [e]
+    return "; ".join(sorted({" ".join(str(r).split("\n", 1)[0].split()) or type(r).__name__ for r in wrapped}))
 
 
 def _finish(staged: Staged | None, small: dict[str, bytes], crcs: dict[str, str], target: Path) -> None:
@@ -207,6 +222,11 @@ def prune(output_dir: Path, step: int, total_limit: int | None) -> None:
             kept += not verified(path)
         elif (path / MANIFEST).exists() and (path / STATE).exists():
             remove([path])
+
+
+def forget(output_dir: Path) -> None:
+    """Remove every checkpoint-<step>/ that was written here, so that a run begun anew does not resume from one."""
+    remove(p for _, p in _checkpoints(output_dir) if (p / MANIFEST).exists() and (p / STATE).exists())
 
 
 def save_sharded_model(
@@ -302,8 +322,7 @@ def read_tensors(path: Path, tensors: dict[str, Tensor], *, partial: bool = Fals
             warnings.simplefilter("ignore")  # it says that it loads in one process
             dcp.load(wanted, storage_reader=reader, planner=_Planner(), no_dist=True)
     except (Exception, CheckpointException) as e:  # a damaged or hostile file may raise anything; all of it ends here
-        reasons = [f[0] if isinstance(f, tuple) else f for f in getattr(e, "failures", {}).values()] or [e]
-        raise ValueError(f"{path}: {str(reasons[0]).splitlines()[0] or type(reasons[0]).__name__}") from None
+        raise ValueError(f"{path}: cannot be read: {_reasons(e)}") from None
 
 
 _METADATA = {

@@ -1,0 +1,407 @@
+"""Weights from one layout to another: Meta or Hugging Face in; Hugging Face, Meta or GGUF out.
+
+    python convert_weights.py SRC DST [--to hf|meta|gguf]
+
+SRC is a directory, told apart by what is in it. Tensors go through one at a time; every one is read back from the
+result and compared with the source before DST appears. Nothing in SRC is trusted, and nothing is guessed or skipped:
+one line says what is wrong, and no DST is left behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from llama import checkpoint, files
+from llama.chat import ChatFormat
+from llama.config import LlamaConfig
+from llama.gguf_files import GGUF, dtype_in_gguf, package, write_gguf
+from llama.hf_files import HuggingFace
+from llama.layout import Entry, entries
+from llama.meta_files import Meta, all_entries, check_shards, write_meta
+from llama.tokenizer import Tokenizer
+from llama.torch_files import DTYPES
+from llama.weights import write_weights
+
+_TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_SLACK = 32 << 20  # bytes for everything but the tensors, when free space is checked
+_LLAMA3_VOCABULARY, _LLAMA3_IDS = 128256, {"bos_token_id": 128000, "eos_token_id": 128001}
+
+
+class Source(Protocol):
+    """Where tensors come from: Meta or HuggingFace."""
+
+    kind: str
+    label: str
+    path: Path
+    config: LlamaConfig
+    files: list[Any]
+    ignored: list[str]
+
+    def dtype(self, e: Entry) -> torch.dtype:
+        """Number type in which the tensor is stored."""
+        ...
+
+    def read(self, e: Entry) -> Tensor:
+        """One whole tensor in our layout; not to be written into."""
+        ...
+
+    def check_unchanged(self) -> None:
+        """ValueError if any file is not as it was when opened."""
+        ...
+
+
+class Reader(Protocol):
+    """What the comparison needs of a result."""
+
+    def read(self, e: Entry) -> Tensor:
+        """One whole tensor in our layout."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One conversion, checked: from `source` into `to`, as `config` in `dtype`."""
+
+    source: Source
+    to: str
+    config: LlamaConfig
+    dtype: torch.dtype
+    tokenizer: Tokenizer | None
+    shards: int
+    max_shard: int
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; the exit code."""
+    args = parse(argv)
+    try:
+        convert(args)
+    except ValueError as e:
+        return _fail(str(e))
+    except OSError as e:
+        return _fail(f"{e.filename or args.dst}: {e.strerror or e}")
+    except MemoryError:
+        return _fail(f"{args.src}: out of memory")
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing was written")
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    p = argparse.ArgumentParser(prog="convert_weights.py", description=(__doc__ or "").split("\n")[0])
+    p.add_argument("src", type=Path, help="directory: Meta's (params.json, consolidated.NN.pth) or Hugging Face's")
+    p.add_argument("dst", type=Path, help="directory to make; for gguf a file")
+    p.add_argument("--to", choices=("hf", "meta", "gguf"), default="hf", help="layout to write (default: hf)")
+    p.add_argument("--dtype", choices=tuple(DTYPES.values()), help="number type to write (default: as in SRC)")
+    p.add_argument("--shards", type=int, default=1, help="model-parallel shards of --to meta (default: 1)")
+    p.add_argument("--max_seq_len", type=int, help="context length, where SRC's is unknown or wrong")
+    p.add_argument("--tokenizer", type=Path, help="SentencePiece model (default: tokenizer.model in SRC or above it)")
+    p.add_argument("--max_shard_size", default="5GB", help="largest file of --to hf (default: 5GB)")
+    p.add_argument("--no-mmap", action="store_true", help="read SRC without mapping it (it lies on a failing network)")
+    return p.parse_args(argv)
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Do it: open and check the source, write beside DST, read back and compare, put it in place, say what was done."""
+    _check_destination(args)
+    if args.to == "gguf":
+        package()
+    job = plan(args)
+    size = sum(_bytes(e, job) for e in _entries(job))
+    if args.to == "gguf":
+        with _atomic_file(args.dst, size + _SLACK) as file:
+            write_gguf(
+                file, _stream(job, size), job.config, _required(job.tokenizer), job.dtype, args.src.resolve().name
+            )
+            _compare(job, GGUF(file, job.config), size)
+            job.source.check_unchanged()
+    else:
+        with files.atomic_directory(args.dst, size + _SLACK) as directory:
+            _write_directory(job, directory, size)
+            result = (HuggingFace if args.to == "hf" else Meta)(directory, mmap=False)
+            _compare_config(job, result.config)
+            _compare(job, result, size)
+            job.source.check_unchanged()
+    _summarise(job, args.dst, size)
+
+
+# --- what to do -----------------------------------------------------------------------------------
+
+
+def _check_destination(args: argparse.Namespace) -> None:
+    src, dst = args.src.resolve(), args.dst.resolve()
+    if dst == src or src in dst.parents:
+        raise ValueError(f"{args.dst}: lies inside {args.src}; choose a place outside it")
+    if os.path.lexists(args.dst):
+        raise ValueError(f"{args.dst}: exists already; nothing is overwritten, choose another name")
+    if (args.to == "gguf") != (dst.suffix == ".gguf"):
+        raise ValueError(f"{args.dst}: --to gguf writes one file, named *.gguf; the others write a directory")
+    if args.shards != 1 and args.to != "meta":
+        raise ValueError(f"--shards {args.shards}: only --to meta has model-parallel shards (see --max_shard_size)")
+    if args.shards < 1:
+        raise ValueError(f"--shards {args.shards}: must be at least 1")
+
+
+def plan(args: argparse.Namespace) -> Job:
+    """Open the source and settle everything that can be wrong before a byte is written."""
+    source = open_source(args.src, not args.no_mmap)
+    config = source.config
+    if args.max_seq_len is not None:
+        config = dataclasses.replace(config, max_seq_len=args.max_seq_len)
+    kinds = {source.dtype(e) for e in entries(config)}
+    dtype = {name: d for d, name in DTYPES.items()}[args.dtype] if args.dtype else _widest(kinds)
+    if args.to == "meta":
+        check_shards(config, args.shards)
+    tokenizer = find_tokenizer(args.src, args.tokenizer)
+    if tokenizer is None and args.to == "gguf":
+        raise ValueError(f"{args.src}: has no SentencePiece tokenizer, which GGUF needs; give --tokenizer FILE")
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        rows = f"the embedding has {config.vocab_size:,} rows"
+        raise ValueError(f"{args.src}: the tokenizer has {tokenizer.vocab_size:,} pieces, but {rows}; give --tokenizer")
+    return Job(source, args.to, config, dtype, tokenizer, args.shards, parse_size(args.max_shard_size))
+
+
+def open_source(path: Path, mmap: bool) -> Source:
+    """The source in a directory, told apart by its files. ValueError when there is none."""
+    if not path.is_dir():
+        what = "is a file; give the directory it is in" if path.exists() else "does not exist"
+        raise ValueError(f"{path}: {what}")
+    if (path / files.MANIFEST).exists():
+        files.verify(path)
+    names = {p.name for p in path.iterdir()}
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        if names & {single, f"{single}.index.json"}:
+            return HuggingFace(path, mmap)
+    for pattern, index in (
+        (r"model-\d+-of-\d+\.safetensors", "model.safetensors.index.json"),
+        (r"pytorch_model-\d+-of-\d+\.bin", "pytorch_model.bin.index.json"),
+    ):
+        if any(re.fullmatch(pattern, n) for n in names):
+            raise ValueError(f"{path / index}: missing, though files that it lists are there; fetch it")
+    if any(re.fullmatch(r"consolidated\.\d+\.pth", n) for n in names):
+        return Meta(path, mmap)
+    if ".metadata" in names:
+        raise ValueError(f"{path}: training state, not a model; convert the finished model beside it")
+    if "params.json" in names:
+        raise ValueError(f"{path / 'consolidated.00.pth'}: missing; fetch it")
+    inner = sorted(p.name for p in path.iterdir() if p.is_dir() and (p / "params.json").exists())
+    hint = f"; did you mean {path / inner[0]}?" if inner else ""
+    raise ValueError(f"{path}: no model.safetensors, pytorch_model.bin or consolidated.00.pth in it{hint}")
+
+
+def find_tokenizer(src: Path, given: Path | None) -> Tokenizer | None:
+    """The SentencePiece tokenizer; None when the source has none (Llama 3's is another kind)."""
+    if given is not None:
+        return Tokenizer.load(given)
+    for file in (src / "tokenizer.model", src.resolve().parent / "tokenizer.model"):  # above: as LLaMA 1 came
+        if file.exists():
+            first = file.read_bytes()[:200].split(b"\n")[0].split()
+            tiktoken = len(first) == 2 and first[1].isdigit()
+            return None if tiktoken else Tokenizer(files.read_bytes(file), str(file))
+    return None
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "5GB", "200MB" or a plain number (powers of ten, as transformers counts)."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB|TB)?", text.strip(), re.IGNORECASE)
+    scale = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    size = int(float(found[1]) * scale[(found[2] or "").upper()]) if found else 0
+    if size < 1:
+        raise ValueError(f"--max_shard_size {text!r}: give a size such as 5GB or 200MB")
+    return size
+
+
+def _widest(kinds: set[torch.dtype]) -> torch.dtype:
+    """The narrowest number type that holds all of these exactly; nearly always there is only one."""
+    widest, *others = sorted(kinds, key=str)
+    for kind in others:
+        widest = torch.promote_types(widest, kind)
+    return widest
+
+
+def _required(tokenizer: Tokenizer | None) -> Tokenizer:
+    assert tokenizer is not None
+    return tokenizer
+
+
+# --- doing it -------------------------------------------------------------------------------------
+
+
+def _entries(job: Job) -> Iterable[Entry]:
+    return all_entries(job.config) if job.to == "meta" else entries(job.config)
+
+
+def _source_entry(job: Job, e: Entry) -> Entry:
+    """Where the source keeps it: Meta's files hold a tied head as well, which is the embedding."""
+    return next(entries(job.config)) if job.config.tie_embeddings and e.name == "head.weight" else e
+
+
+def _dtype(job: Job, e: Entry) -> torch.dtype:
+    return dtype_in_gguf(e, job.dtype) if job.to == "gguf" else job.dtype
+
+
+def _bytes(e: Entry, job: Job) -> int:
+    n = _dtype(job, e).itemsize
+    for d in e.shape:
+        n *= d
+    return n
+
+
+def _read(job: Job, e: Entry) -> Tensor:
+    """A tensor of the source in the number type to write, all of it finite."""
+    t = job.source.read(_source_entry(job, e))
+    stored = f"{job.source.path}: {e.hf if job.source.kind == 'hf' else e.meta}"
+    if bad := _not_finite(t):
+        raise ValueError(f"{stored} has {bad:,} NaN or infinite values; the weights are damaged")
+    out = t.to(_dtype(job, e))
+    if out.dtype != t.dtype and (bad := _not_finite(out)):
+        raise ValueError(f"{stored} has {bad:,} values too large for {DTYPES[out.dtype]}; use bfloat16 or float32")
+    return out
+
+
+def _not_finite(t: Tensor) -> int:
+    """How many values are NaN or infinite. aminmax passes NaN on, and makes no mask of the tensor's size."""
+    least, most = torch.aminmax(t)
+    return 0 if torch.isfinite(least) and torch.isfinite(most) else int((~torch.isfinite(t)).sum())
+
+
+def _bar(text: str, size: int) -> tqdm[Any]:
+    return tqdm(total=size, desc=text, unit="B", unit_scale=True, disable=None)  # None: only on a terminal
+
+
+def _stream(job: Job, size: int) -> Iterator[tuple[Entry, Tensor]]:
+    with _bar("writing", size) as bar:
+        for e in _entries(job):
+            yield e, _read(job, e)
+            bar.update(_bytes(e, job))
+
+
+def _compare(job: Job, result: Reader, size: int) -> None:
+    """Every tensor of the result against the source, bit for bit."""
+    with _bar("reading back", size) as bar:
+        for e in _entries(job):
+            kind = _dtype(job, e)
+            bits = torch.int32 if kind.itemsize == 4 else torch.int16
+            wrote, read = job.source.read(_source_entry(job, e)).to(kind), result.read(_source_entry(job, e))
+            if read.dtype != kind or not torch.equal(wrote.view(bits), read.view(bits)):
+                raise ValueError(f"{e.name}: reading it back gives other bits than were written; is the disk failing?")
+            del wrote, read
+            bar.update(_bytes(e, job))
+
+
+def _compare_config(job: Job, result: LlamaConfig) -> None:
+    """The sizes as they come back. A head that happens to equal the embedding comes back from Meta's files as tied."""
+    if dataclasses.replace(result, tie_embeddings=job.config.tie_embeddings) != job.config:
+        pairs = ((f.name, getattr(job.config, f.name), getattr(result, f.name)) for f in dataclasses.fields(result))
+        name, was, comes = next(p for p in pairs if p[1] != p[2] and p[0] != "tie_embeddings")
+        raise ValueError(f"--to {job.to}: that layout cannot say {name} {was} (it would be read as {comes})")
+
+
+def _write_directory(job: Job, directory: Path, size: int) -> None:
+    src = job.source.path
+    chat_format = checkpoint.load_chat_format(src) if (src / "chat_format.json").exists() else None
+    generation = checkpoint.load_generation(src)
+    if job.to == "hf":
+        extra = _LLAMA3_IDS if job.tokenizer is None and job.config.vocab_size == _LLAMA3_VOCABULARY else _ids(job)
+        sampling = generation if job.source.kind == "hf" else generation or None  # None: ChatDoctor's
+        texts = checkpoint.model_files(job.config, job.tokenizer, chat_format, sampling, job.dtype, extra)
+        for name, data in texts.items():
+            (directory / name).write_bytes(data)
+        # map, not a generator: that would hold on to a tensor while the next one is made
+        named = map(lambda pair: (pair[0].name, pair[1]), _stream(job, size))
+        write_weights(directory, named, job.config, job.dtype, job.max_shard)
+    else:
+        _copy_prompting(directory, chat_format, generation)
+        if job.tokenizer is not None:
+            (directory / "tokenizer.model").write_bytes(job.tokenizer.model_bytes)
+        write_meta(directory, _stream(job, size), job.config, job.shards)
+    if job.tokenizer is None:
+        for name in _TOKENIZER_FILES:
+            if (src / name).is_file():
+                (directory / name).write_bytes(files.read_bytes(src / name))
+
+
+def _copy_prompting(directory: Path, chat_format: ChatFormat | None, generation: dict[str, Any]) -> None:
+    """Meta's layout has no place for these; kept beside it, they survive the way back."""
+    if chat_format is not None:
+        (directory / "chat_format.json").write_text(json.dumps(chat_format.to_json(), indent=2) + "\n")
+    if generation:
+        (directory / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+
+
+def _ids(job: Job) -> dict[str, Any]:
+    """BOS and EOS ids of a source whose tokenizer is not SentencePiece's, as its config.json says."""
+    if job.tokenizer is not None or job.source.kind != "hf":
+        return {}
+    stated = files.read_json(job.source.path / "config.json")
+    return {k: stated[k] for k in ("bos_token_id", "eos_token_id") if isinstance(stated.get(k), (int, list))}
+
+
+@contextlib.contextmanager
+def _atomic_file(path: Path, needed: int) -> Iterator[Path]:
+    """A file to write; leaving the block puts it at `path`, whole or not at all."""
+    staged = files.stage(path, needed)
+    try:
+        yield staged.directory / path.name
+        files.fsync(staged.directory / path.name)
+        os.rename(staged.directory / path.name, path)
+        files.fsync(staged.directory.parent)
+    except OSError as e:
+        raise files.full_disk(e, path) from None
+    finally:
+        staged.close(remove=True)
+
+
+def _summarise(job: Job, dst: Path, size: int) -> None:
+    c, s = job.config, job.source
+    count = sum(1 for _ in _entries(job))
+    kinds = sorted({DTYPES[s.dtype(e)] for e in entries(c)})
+    print(f"read     {s.label}, {'/'.join(kinds)}: {s.path}")
+    print(
+        f"model    {c.n_params():,} parameters: {c.n_layers} layers, dim {c.dim}, {c.n_heads} heads, {c.n_kv_heads} "
+        f"key/value heads, mlp {c.ffn_dim}, vocabulary {c.vocab_size}, context {c.max_seq_len}"
+        f"{', head tied to the embedding' if c.tie_embeddings else ''}"
+    )
+    if s.ignored:
+        print(f"ignored  {len(s.ignored)} that say nothing new: {', '.join(s.ignored[:3])}")
+    if job.tokenizer is None:
+        print("note     no SentencePiece tokenizer: generate.py cannot talk to this model")
+    elif (rows := c.vocab_size - job.tokenizer.vocab_size) > 0:
+        print(
+            f"note     {rows} rows of the embedding are beyond the tokenizer's {job.tokenizer.vocab_size} pieces; kept"
+        )
+    name = {"hf": "Hugging Face", "meta": f"Meta, {job.shards} shard{'s' * (job.shards > 1)}", "gguf": "GGUF"}[job.to]
+    print(f"wrote    {name}, {DTYPES[job.dtype]}: {dst} ({_size(size)}, {count} tensors, all read back equal)")
+
+
+def _size(n: int) -> str:
+    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _interrupt)  # a stopped job cleans up as an interrupted one does
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""What test_training_state.py runs to kill savers: python kills.py DIRECTORY TRIALS. Prints counts as JSON.
+
+A child saves one generation after another into the same place, every value of generation g being g, and is killed
+with SIGKILL at a random moment. What is left must be one whole generation: the last it reported, or the one after.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from llama.chat import ChatFormat
+from llama.checkpoint import load_model, model_files, save_model
+from llama.config import LlamaConfig
+from llama.layout import entries
+from llama.training_state import latest_training_state, load_training_state, save_training_state
+
+CONFIG = LlamaConfig(128, 4, 4, 4, 512, 512)  # 4.7 MB: writing takes most of a save
+
+
+def weights(g: int) -> dict[str, Tensor]:
+    return {e.name: torch.full(e.shape, float(g)) for e in entries(CONFIG)}
+
+
+def save_a_model(path: Path, g: int) -> None:
+    save_model(path, weights(g).items(), CONFIG, None, ChatFormat(), max_shard_bytes=1_500_000)
+
+
+def values_of_model(path: Path) -> list[float]:
+    return sorted({v for p in load_model(path).parameters() for v in p.unique().tolist()})
+
+
+def save_a_state(path: Path, g: int) -> None:
+    files = model_files(CONFIG, None, ChatFormat())
+    save_training_state(path, g, {f"model.{k}": v for k, v in weights(g).items()}, {"step": g}, files, 1)
+
+
+def values_of_state(path: Path) -> list[float]:
+    latest = latest_training_state(path)
+    assert latest is not None
+    tensors = {f"model.{k}": v for k, v in weights(0).items()}
+    state = load_training_state(latest, tensors)
+    return sorted({float(state["step"])} | {v for p in tensors.values() for v in p.unique().tolist()})
+
+
+def killed(path: Path, save: Callable[[Path, int], None], delay: float) -> int:
+    """The last generation that a child reported before it was killed, `delay` seconds after its second."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        g = 0
+        while True:
+            g += 1
+            save(path, g)
+            os.write(write, g.to_bytes(4, "little"))
+    os.close(write)
+    with open(read, "rb", buffering=0) as f:
+        last = [f.read(4), f.read(4)][-1]
+        time.sleep(delay)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        while more := f.read(4):
+            last = more
+    return int.from_bytes(last, "little")
+
+
+def main() -> None:
+    root, trials, rng = Path(sys.argv[1]), int(sys.argv[2]), random.Random(0)
+    torch.set_num_threads(1)
+    kinds = (("model", save_a_model, values_of_model), ("training state", save_a_state, values_of_state))
+    found = {}
+    for kind, save, values in kinds:
+        whole = 0
+        for trial in range(trials):
+            path = root / kind / str(trial)
+            last = killed(path, save, rng.uniform(0, 0.2))
+            left = values(path)
+            if len(left) == 1 and left[0] in (last, last + 1):
+                whole += 1
+            else:
+                print(f"{kind}: generation {last} was the last, found {left}", file=sys.stderr)
+        found[kind] = {"trials": trials, "whole": whole}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

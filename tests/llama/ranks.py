@@ -1,0 +1,161 @@
+"""What test_training_state.py runs on two ranks: python ranks.py RANK SIZE DIRECTORY. Prints what it found as JSON.
+
+One pair of processes goes through all of it, for starting one takes seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from llama import training_state
+from llama.chat import ChatFormat
+from llama.checkpoint import load_weights, model_files
+from llama.config import LlamaConfig
+from llama.model import Llama
+from llama.training_state import (
+    latest_training_state,
+    load_training_state,
+    save_sharded_model,
+    save_training_state,
+)
+
+# A vocabulary that two ranks cannot share evenly, and fewer norm values than a rank might expect.
+CONFIG = LlamaConfig(32, 2, 4, 2, 48, 259, max_seq_len=64)
+
+
+def sharded(fill: bool) -> Llama:
+    """The model over both ranks; filled with the values one process would give it, or with zeros."""
+    with torch.device("meta"):
+        model = Llama(CONFIG)
+    for layer in model.layers:
+        fully_shard(layer, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    model.to_empty(device="cpu")
+    whole = Llama(CONFIG)
+    whole.init_weights(0)
+    values = dict(whole.named_parameters())
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            source = values[name] if fill else torch.zeros_like(values[name])
+            shard = torch.distributed.tensor.distribute_tensor(source, p.device_mesh, p.placements)
+            p.to_local().copy_(shard.to_local())
+    return model
+
+
+def tensors_of(model: Llama, rank: int, scale: float = 2.0) -> dict[str, Tensor]:
+    """What a run saves: weights, a moment per weight, a step count that all ranks have, a generator state a rank."""
+    found: dict[str, Tensor] = {}
+    for name, p in model.named_parameters():
+        found[f"model.{name}"] = p.detach()
+        found[f"optimizer.{name}.exp_avg"] = p.detach() * scale
+        found[f"optimizer.{name}.step"] = torch.tensor(scale)
+    found[f"rng.{rank}"] = torch.full((16,), 10 + rank, dtype=torch.uint8)
+    return found
+
+
+def is_filled(model: Llama) -> bool:
+    whole = Llama(CONFIG)
+    whole.init_weights(0)
+    values = dict(whole.named_parameters())
+    return all(torch.equal(p.full_tensor(), values[name]) for name, p in model.named_parameters())
+
+
+def error_of(work: Callable[[], object]) -> str:
+    try:
+        work()
+    except ValueError as e:
+        return str(e)
+    return "no error"
+
+
+def scenario(rank: int, root: Path) -> dict[str, object]:
+    found: dict[str, object] = {}
+    files = model_files(CONFIG, None, ChatFormat("plain"))
+    model = sharded(fill=True)
+    path = save_training_state(root / "run", 7, tensors_of(model, rank), {"step": 7}, files, 2)
+    found["saved"] = sorted(p.name for p in path.iterdir())
+
+    empty = sharded(fill=False)
+    into = tensors_of(empty, rank, scale=0.0)
+    found["state"] = load_training_state(path, into)
+    found["same on two"] = is_filled(empty) and bool((into[f"rng.{rank}"] == 10 + rank).all())
+    found["latest"] = str(latest_training_state(root / "run"))
+
+    # Written by one process before this pair started.
+    empty = sharded(fill=False)
+    into = tensors_of(empty, rank, scale=0.0)
+    load_training_state(root / "one/checkpoint-3", into)
+    found["one to two"] = is_filled(empty)
+    found["generators"] = int(into[f"rng.{rank}"][0])
+
+    with torch.device("meta"):
+        empty = Llama(CONFIG)
+    for layer in empty.layers:
+        fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+    fully_shard(empty, mesh=init_device_mesh("cpu", (2,)))
+    load_weights(empty, root / "model")
+    found["weights from a model"] = is_filled(empty)
+    empty = sharded(fill=False)
+    load_weights(empty, path)
+    found["weights from a checkpoint"] = is_filled(empty)
+
+    def whole() -> object:
+        for name, p in model.named_parameters():
+            yield name, p.detach().full_tensor()
+
+    save_sharded_model(root / "exported", whole(), CONFIG, None, ChatFormat())
+
+    # What fails on one rank is raised on both, and neither waits.
+    save_training_state(root / "torn", 1, tensors_of(model, rank), {}, files)
+    if rank == 0:
+        shard = root / "torn/checkpoint-1/__1_0.distcp"
+        with open(shard, "r+b") as f:
+            f.seek(100)
+            byte = f.read(1)[0]
+            f.seek(100)
+            f.write(bytes([byte ^ 1]))
+    dist.barrier()
+    found["flipped"] = error_of(lambda: load_training_state(root / "torn/checkpoint-1", tensors_of(model, rank)))
+    found["latest of torn"] = str(latest_training_state(root / "torn"))
+    (root / "file").touch()
+    found["not a directory"] = error_of(lambda: save_training_state(root / "file", 1, {}, {}, {}))
+    found["not finite"] = error_of(
+        lambda: save_sharded_model(root / "nan", ((n, p * float("nan")) for n, p in whole()), CONFIG, None, None)
+    )
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    os.environ["LOCAL_RANK"] = str(rank)
+    found["shared out"] = error_of(lambda: load_training_state(root / "torn/checkpoint-1", tensors_of(model, rank)))
+
+    disk = root / "disk"
+    if disk.is_dir():
+        big = {f"model.{rank}.{i}": torch.ones(1 << 20) for i in range(4)}  # 16 MiB a rank; the disk has 24
+        save_training_state(disk, 1, tensors_of(model, rank), {"step": 1}, files)
+        found["no space"] = error_of(lambda: save_training_state(disk, 2, big, {}, files))
+        training_state.stage = lambda target, needed: stage(target)  # as when the disk fills up during the save
+        found["full"] = error_of(lambda: save_training_state(disk, 2, big, {}, files))
+        found["left"] = sorted(p.name for p in disk.iterdir())
+        found["still whole"] = load_training_state(disk / "checkpoint-1", tensors_of(model, rank))
+    return found
+
+
+stage = training_state.stage
+
+if __name__ == "__main__":
+    rank, size, root = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(str(root / "store"), size), rank=rank, world_size=size)
+    print(json.dumps(scenario(rank, root)))
+    dist.barrier()
+    dist.destroy_process_group()

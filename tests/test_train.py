@@ -1,0 +1,428 @@
+"""The training script: recipe, invariance, ranks, resume to the bit, signals, bad input, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import train
+from data import loader
+from llama import checkpoint
+from llama.arguments import TrainArguments, parse
+from llama.chat import ChatFormat
+from llama.config import LlamaConfig
+from llama.model import Llama
+from llama.runlog import draw_loss, read_metrics
+from llama.schedule import learning_rate
+from llama.tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# ChatDoctor's README, word for word but for the two paths.
+PUBLISHED = """--model_name_or_path {model} --data_path {data} --bf16 True --output_dir {out} --num_train_epochs 3
+  --per_device_train_batch_size 4 --per_device_eval_batch_size 4 --gradient_accumulation_steps 8
+  --evaluation_strategy "no" --save_strategy "steps" --save_steps 2000 --save_total_limit 1 --learning_rate 2e-5
+  --weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type "cosine" --logging_steps 1
+  --fsdp "full_shard auto_wrap" --fsdp_transformer_layer_cls_to_wrap 'LLaMADecoderLayer' --tf32 True"""
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory: pytest.TempPathFactory, small_tokenizer: Tokenizer) -> Path:
+    """A checkpoint directory to start from: two layers of width 32."""
+    config = LlamaConfig(32, 2, 4, 2, 48, small_tokenizer.vocab_size, max_seq_len=128)
+    model = Llama(config)
+    model.init_weights(0)
+    path = tmp_path_factory.mktemp("start") / "model"
+    checkpoint.save_model(path, model.named_parameters(), config, small_tokenizer, ChatFormat("dialogue", ""))
+    return path
+
+
+@pytest.fixture(scope="session")
+def dialogues(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty dialogues of unequal length."""
+    words = ["pain", "fever", "cough", "rest", "water", "chest", "head", "days", "doctor"]
+    records = [
+        {
+            "instruction": "Answer.",
+            "input": " ".join(words[(i + j) % 9] for j in range(1 + i % 7)),
+            "output": " ".join(words[(i * j) % 9] for j in range(1, 2 + i % 5)),
+        }
+        for i in range(60)
+    ]
+    path = tmp_path_factory.mktemp("data") / "dialogues.json"
+    path.write_text(json.dumps(records))
+    return path
+
+
+@pytest.fixture
+def flags(start: Path, dialogues: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The flags of a small run into tmp_path / "out", which is also where this process now works."""
+    monkeypatch.chdir(tmp_path)
+    text = f"--model_name_or_path {start} --data_path {dialogues} --output_dir out --model_max_length 64 --max_steps 12"
+    text += " --per_device_train_batch_size 8 --learning_rate 1e-3 --num_workers 1 --save_strategy no"
+    return text.split()
+
+
+def losses(out: Path) -> list[tuple[int, float, float]]:
+    return [(m["step"], m["loss"], m["grad_norm"]) for m in read_metrics(out / "metrics.jsonl") if "loss" in m]
+
+
+def launch(flags: list[str], cwd: Path, ranks: int = 0) -> subprocess.Popen[str]:
+    """train.py in a process of its own, or torchrun of it on so many ranks."""
+    run = [sys.executable]
+    if ranks:
+        run += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHELASTIC_ERROR_FILE": str(cwd / "error.json")}
+    return subprocess.Popen(
+        [*run, str(ROOT / "train.py"), *flags], cwd=cwd, env=environment, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 120) -> tuple[int, str]:
+    _, err = process.communicate(timeout=timeout)
+    return process.returncode, err
+
+
+# --- the recipe -----------------------------------------------------------------------------------
+
+
+def test_learning_rates_equal_chatdoctors_log(shared: Path) -> None:
+    log = json.loads((shared / "data/chatdoctor/chatdoctor_lr.json").read_text())
+    rates = log.get("lr") or log["learning_rate"]
+    args = TrainArguments(learning_rate=2e-5, warmup_ratio=0.03, lr_scheduler_type="cosine")
+    assert len(rates) == 609
+    for step, want in enumerate(rates, start=1):
+        assert abs(learning_rate(args, step, 609) - want) <= 1e-12
+
+
+@pytest.mark.parametrize(
+    ("kind", "steps", "want"),
+    [
+        ("linear", (1, 2, 6, 10), (0.5, 1.0, 0.5, 0.0)),
+        ("constant_with_warmup", (1, 2, 10), (0.5, 1.0, 1.0)),
+        ("constant", (1, 10), (1.0, 1.0)),
+        ("cosine", (1, 2, 6, 10), (0.5, 1.0, 0.5, 0.0)),
+    ],
+)
+def test_schedules(kind: str, steps: tuple[int, ...], want: tuple[float, ...]) -> None:
+    args = TrainArguments(learning_rate=1.0, warmup_steps=2, lr_scheduler_type=kind)
+    assert [learning_rate(args, s, 10) for s in steps] == pytest.approx(want)
+
+
+def test_published_command_parses_word_for_word() -> None:
+    text = PUBLISHED.format(model="m", data="./HealthCareMagic-200k.json", out="pretrained")
+    args = parse(shlex.split(text), {"learning_rate": 1.0})
+    want = {
+        "data_path": ("./HealthCareMagic-200k.json",),
+        "bf16": True,
+        "num_train_epochs": 3.0,
+        "gradient_accumulation_steps": 8,
+        "learning_rate": 2e-5,
+        "fsdp": "full_shard auto_wrap",
+        "model_max_length": 512,
+        "save_total_limit": 1,
+        "weight_decay": 0.0,
+    }
+    assert {k: getattr(args, k) for k in want} == want
+    dashed = parse([a.replace("_", "-") if a.startswith("--") else a for a in shlex.split(text)], {})
+    assert dashed == args
+
+
+def test_builtin_defaults_hold_only_without_data() -> None:
+    assert parse([], {"max_steps": 7}).max_steps == 7
+    assert parse(["--max_steps=3"], {"max_steps": 7}).max_steps == 3
+    assert parse(["--data_path", "x.json"], {"max_steps": 7}).max_steps == -1
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--fp16"], "--fp16 is not supported"),
+        (["--eval_fraction", "1.5"], "must be in [0, 1)"),
+        (["--learning_rate", "nan"], "--learning_rate is nan"),
+        (["--per_device_train_batch_size", "0"], "must be at least 1"),
+        (["--data_path", "a", "b", "--data_weights", "1"], "1 numbers for 2 files"),
+        (["--fsdp", "offload"], "offload is not supported"),
+        (["--evaluation_strategy", "steps", "--data_path", "a"], "give --eval_fraction"),
+    ],
+)
+def test_values_that_cannot_work_are_named(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(argv) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["--learning_rat", "1"], ["--packing", "all"], ["--bf16", "maybe"]])
+def test_flags_that_are_not_there_end_with_one_line(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as e:
+        train.main(argv)
+    assert e.value.code == 2
+    assert re.fullmatch(r"error: .*\n", capsys.readouterr().err)
+
+
+# --- one step -------------------------------------------------------------------------------------
+
+
+def gradient(start: Path, dialogues: Path, **geometry: Any) -> tuple[float, list[torch.Tensor]]:
+    """Loss and gradient of the first step, its batch split as geometry says."""
+    model = checkpoint.load_model(start)
+    tokenizer, chat_format = checkpoint.load_tokenizer(start), checkpoint.load_chat_format(start)
+    data, _, _ = loader.build([dialogues], tokenizer=tokenizer, chat_format=chat_format, max_len=64, workers=1)
+    batches = loader.Loader(data, max_len=64, **geometry)
+    step, total = batches.step(0), 0.0
+    for batch in step.micro_batches:
+        loss, _ = model(batch.tokens, batch.targets, (batch.start, batch.end))
+        (loss / step.supervised_tokens).backward()
+        total += loss.item()
+    return total / step.supervised_tokens, [p.grad for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        {"batch": 12, "accumulation": 2, "packing": "none"},
+        {"batch": 1, "accumulation": 24, "packing": "none"},
+        {"batch": 24, "accumulation": 1, "packing": "step"},
+        {"batch": 4, "accumulation": 6, "packing": "step"},
+        {"batch": 24, "accumulation": 1, "packing": "step", "fixed_shape": True},
+    ],
+    ids=str,
+)
+def test_gradient_does_not_depend_on_how_the_batch_is_split(
+    start: Path, dialogues: Path, geometry: dict[str, Any]
+) -> None:
+    want_loss, want = gradient(start, dialogues, batch=24, accumulation=1, packing="none")
+    loss, got = gradient(start, dialogues, **geometry)
+    assert loss == pytest.approx(want_loss, abs=1e-6)
+    scale = max(g.abs().max().item() for g in want)
+    for a, b in zip(got, want, strict=True):
+        assert (a - b).abs().max().item() <= 2e-6 * scale
+
+
+def test_loss_falls_and_the_model_opens_in_transformers(flags: list[str], small_tokenizer: Tokenizer) -> None:
+    assert train.main([*flags, "--max_steps", "60", "--learning_rate", "1e-2", "--eval_fraction", "0.1"]) == 0
+    out = Path("out")
+    series = [loss for _, loss, _ in losses(out)]
+    assert len(series) == 60
+    assert sum(series[-5:]) / 5 < 0.6 * series[0]
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert read_metrics(out / "metrics.jsonl")[-1]["eval_perplexity"] > 1
+    assert Path("out/latest").read_text().strip() == str(out.resolve())
+    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    ids = small_tokenizer.encode("pain in the chest")
+    assert AutoTokenizer.from_pretrained(out).encode("pain in the chest", add_special_tokens=False) == ids
+    with torch.no_grad():
+        ours = checkpoint.load_model(out)(torch.tensor([ids]))
+        assert (ours - theirs(torch.tensor([ids])).logits).abs().max() <= 1e-4
+
+
+def test_metrics_lines_hold_what_they_promise(flags: list[str]) -> None:
+    assert train.main([*flags, "--max_steps", "4", "--logging_steps", "2", "--weight_decay", "0.1"]) == 0
+    lines = read_metrics(Path("out/metrics.jsonl"))
+    assert [line["step"] for line in lines] == [2, 4]
+    for key in ("epoch", "loss", "lr", "grad_norm", "tokens", "supervised_tokens", "tokens_per_s", "seconds"):
+        assert all(isinstance(line[key], int | float) for line in lines), key
+    assert lines[1]["tokens"] > lines[0]["tokens"] > 0
+
+
+def test_tensorboard_events_are_written(flags: list[str]) -> None:
+    assert train.main([*flags, "--max_steps", "2", "--report_to", "tensorboard"]) == 0
+    assert list(Path("out/tensorboard").glob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize("extra", ["--bf16 True", "--gradient_checkpointing True", "--packing epoch --max_steps 3"])
+def test_ways_to_compute_agree(flags: list[str], extra: str) -> None:
+    assert train.main([*flags, "--output_dir", "plain"]) == 0
+    assert train.main([*flags, *extra.split()]) == 0
+    if "epoch" in extra:
+        assert len(losses(Path("out"))) == 3
+        return
+    tolerance = 3e-2 if "bf16" in extra else 0
+    for (_, a, _), (_, b, _) in zip(losses(Path("plain")), losses(Path("out")), strict=True):
+        assert abs(a - b) <= tolerance
+
+
+def test_preview_marks_what_carries_loss(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main([*flags, "--preview", "2"]) == 0
+    text = capsys.readouterr().out
+    assert text.count("[[") == text.count("]]") == 2
+    assert "Patient: " in text
+    assert not Path("out/config.json").exists()
+
+
+# --- ranks ----------------------------------------------------------------------------------------
+
+
+def test_two_ranks_equal_one(flags: list[str], tmp_path: Path) -> None:
+    """20 steps, fp32, masked prompts of unequal length, accumulation: ranks whose shares of tokens differ."""
+    flags = [*flags, "--max_steps", "20", "--packing", "none"]
+    one = ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "4"]
+    assert train.main([*flags, *one, "--output_dir", "one"]) == 0
+    two = ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"]
+    code, err = finish(launch([*flags, *two, "--output_dir", "two"], tmp_path, ranks=2))
+    assert code == 0, err
+    ours, theirs = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(ours) == len(theirs) == 20
+    assert max(abs(a[1] - b[1]) for a, b in zip(ours, theirs, strict=True)) <= 3e-6
+    a, b = checkpoint.load_model(tmp_path / "one"), checkpoint.load_model(tmp_path / "two")
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-4)
+
+
+# --- resume ---------------------------------------------------------------------------------------
+
+
+def wait_for(condition: Any, process: subprocess.Popen[str], timeout: float = 90) -> None:
+    end = time.monotonic() + timeout
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_killed_run_resumes_bit_for_bit(flags: list[str], tmp_path: Path, ranks: int) -> None:
+    """SIGKILL in the middle of a step, then the same flags: losses and weights equal those of a run left alone."""
+    flags = [*flags, "--max_steps", "30", "--save_strategy", "steps", "--save_steps", "10", "--save_total_limit", "2"]
+    code, err = finish(launch([*flags, "--output_dir", "alone"], tmp_path, ranks))
+    assert code == 0, err
+    process = launch(flags, tmp_path, ranks)
+    metrics = tmp_path / "out/metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 13, process)
+    if ranks:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        for child in children:
+            os.kill(int(child), signal.SIGKILL)
+    process.kill()
+    process.communicate()
+    assert not (tmp_path / "out/config.json").exists()
+    code, err = finish(launch([*flags, "--resume_from_checkpoint", "auto"], tmp_path, ranks))
+    assert code == 0, err
+    assert "resuming after step" in err
+    assert losses(tmp_path / "out") == losses(tmp_path / "alone")
+    a, b = checkpoint.load_model(tmp_path / "out"), checkpoint.load_model(tmp_path / "alone")
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_kill_in_the_middle_of_a_save_loses_only_that_save(flags: list[str], tmp_path: Path) -> None:
+    flags = [*flags, "--max_steps", "30", "--save_strategy", "steps", "--save_steps", "4"]
+    process = launch(flags, tmp_path)
+    out = tmp_path / "out"
+    # The third save has begun when its staging directory appears; it is not done until checkpoint-12 does.
+    wait_for(lambda: (out / "checkpoint-8").exists() and list(out.glob(".checkpoint-12*")), process)
+    process.kill()
+    process.communicate()
+    code, err = finish(launch([*flags, "--resume_from_checkpoint", "auto"], tmp_path))
+    assert code == 0, err
+    assert re.search(r"resuming after step (8|12) ", err)
+    assert not list(out.glob(".checkpoint-*"))
+    assert train.main([*flags, "--output_dir", "alone"]) == 0
+    assert losses(out) == losses(tmp_path / "alone")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_save_and_say_how_to_go_on(flags: list[str], tmp_path: Path, number: signal.Signals) -> None:
+    flags = [*flags, "--max_steps", "5000", "--lr_scheduler_type", "constant"]
+    process = launch(flags, tmp_path)
+    metrics = tmp_path / "out/metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3, process)
+    process.send_signal(number)
+    code, err = finish(process)
+    assert code == 128 + number
+    assert "--resume_from_checkpoint auto" in err
+    assert "Traceback" not in err
+    done = len(losses(tmp_path / "out"))
+    assert (tmp_path / f"out/checkpoint-{done}").is_dir()
+    assert train.main([*flags, "--max_steps", str(done + 2), "--resume_from_checkpoint", "auto"]) == 0
+    assert train.main([*flags, "--max_steps", str(done + 2), "--output_dir", "alone"]) == 0
+    assert losses(Path("out")) == losses(Path("alone"))
+
+
+def test_resume_refuses_another_order(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main([*flags, "--save_strategy", "steps", "--save_steps", "6"]) == 0
+    assert train.main([*flags, "--resume_from_checkpoint", "auto", "--seed", "1"]) == 2
+    assert "seed changed: 42 in the checkpoint, 1 now" in capsys.readouterr().err
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+def test_non_finite_loss_stops_before_the_update(flags: list[str], start: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    model = checkpoint.load_model(start)
+    with torch.no_grad():
+        model.norm.weight.mul_(1e38)
+    parts = checkpoint.load_config(start), checkpoint.load_tokenizer(start), checkpoint.load_chat_format(start)
+    checkpoint.save_model(broken, model.named_parameters(), *parts)
+    code, err = finish(launch([*flags, "--model_name_or_path", str(broken)], tmp_path))
+    assert code == 2
+    assert re.search(r"error: the loss is (inf|nan) in the batch of records \S+dialogues\.json:\d+, ", err)
+    assert "nothing was updated" in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out/config.json").exists()
+
+
+def test_bad_records_are_named_or_set_aside(
+    flags: list[str], dialogues: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = json.loads(dialogues.read_text())
+    records[4]["output"] = 7
+    bad = Path("bad.json")
+    bad.write_text(json.dumps(records))
+    flags = [*flags, "--data_path", str(bad), "--max_steps", "2"]
+    assert train.main(flags) == 2
+    assert re.search(r"error: bad\.json: record 5.*output", capsys.readouterr().err)
+    assert train.main([*flags, "--skip_bad_records", "True"]) == 0
+    rejected = [json.loads(line) for line in Path("out/rejected.jsonl").read_text().splitlines()]
+    assert [r["record"] for r in rejected] == [5]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--model_name_or_path", "nowhere"], "neither a directory nor a preset"),
+        (["--model_name_or_path", "7b"], "give --tokenizer_path"),
+        (["--data_path", "nowhere.json"], "nowhere.json"),
+        (["--device", "tpu"], "not auto, cpu or cuda"),
+        (["--resume_from_checkpoint", "nowhere"], "nowhere"),
+        (["--tokenizer_path", __file__, "--model_name_or_path", "tiny"], "not a SentencePiece model"),
+    ],
+)
+def test_what_cannot_be_opened_is_named(
+    flags: list[str], change: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main([*flags, *change]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_finished_model_is_not_overwritten_by_accident(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    save = ["--save_strategy", "steps", "--save_steps", "6"]
+    assert train.main([*flags, *save]) == 0
+    assert train.main(flags) == 2
+    assert "already holds a trained model" in capsys.readouterr().err
+    assert train.main([*flags, "--overwrite_output_dir", "--max_steps", "3"]) == 0
+    assert len(losses(Path("out"))) == 3
+    assert not list(Path("out").glob("checkpoint-*")), "a later resume must not find the earlier run"
+
+
+# --- the picture ----------------------------------------------------------------------------------
+
+
+def test_metrics_with_an_unfinished_line_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0, "lr": 0.1}\n{"step": 2, "lo')
+    assert read_metrics(path) == [{"step": 1, "loss": 2.0, "lr": 0.1}]
+    assert draw_loss(path, tmp_path / "loss.png")

@@ -1,0 +1,543 @@
+"""Fine-tune a LLaMA on dialogues: `python train.py`, or ChatDoctor's own `torchrun ... train.py` line.
+
+The whole run reads downwards: what it starts from, data, one step, saving, the loop. Every loss is the sum over the
+supervised tokens of the global batch divided by their number, so it does not matter how a batch is split over rows,
+micro-batches or ranks. Progress goes to stderr, metrics to <output_dir>/metrics.jsonl.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import kernels
+from data import loader, synthesize
+from data.metrics import retrieval_ceiling, share_named_right
+from data.records import RejectedFile, read_records
+from llama import checkpoint, parallel, training_state
+from llama.arguments import TrainArguments, parse
+from llama.chat import ChatFormat, Dialogue, Message, render
+from llama.config import PRESETS, LlamaConfig
+from llama.generation import Request, answer_batch
+from llama.model import Llama
+from llama.parallel import Stop, World
+from llama.runlog import RunLog, draw_loss
+from llama.sampling import SamplingParams
+from llama.schedule import learning_rate
+from llama.tokenizer import Tokenizer, train_tokenizer
+
+LATEST = Path("out/latest")  # names the finished model that generate.py opens by default
+TOKEN_CACHE = ".cache/tokens"
+
+# `python train.py`: the tiny model on the built-in sample. What the numbers were chosen by is in docs/log.md.
+BUILTIN: dict[str, Any] = {
+    "chat_format": synthesize.RECIPE.chat_format,
+    "model_max_length": synthesize.RECIPE.max_len,
+    "max_steps": 1200,
+    "per_device_train_batch_size": 32,
+    "learning_rate": 3e-3,
+    "warmup_steps": 50,
+    "adam_beta2": 0.95,
+    "weight_decay": 0.1,
+    "save_steps": 200,
+    "save_total_limit": 1,
+}
+
+# Dense bf16 rates of the data sheets in FLOP/s, for the logged share of them that a run reaches (mfu).
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+
+
+class NonFinite(ValueError):
+    """The loss or the gradient is not a number; the weights are as they were before the step."""
+
+
+class BadBatch(NonFinite):
+    """NonFinite on the rank whose batch it was."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a run starts from: sizes, tokenizer, format, and weights (None: random)."""
+
+    config: LlamaConfig
+    tokenizer: Tokenizer
+    chat_format: ChatFormat
+    weights: Path | None
+    generation: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that the loop works with."""
+
+    args: TrainArguments
+    world: World
+    source: Source
+    batches: loader.Loader
+    model: Llama
+    optimizer: torch.optim.AdamW
+    output_dir: Path
+
+
+def say(world: World, text: str) -> None:
+    """Text on stderr, from rank 0, above the progress bar."""
+    if world.rank == 0:
+        tqdm.write(text, file=sys.stderr)
+
+
+# --- what a run starts from -----------------------------------------------------------------------
+
+
+def open_source(args: TrainArguments, texts: Callable[[], Iterable[str]]) -> Source:
+    """The checkpoint directory or preset that --model_name_or_path names.
+
+    texts() gives the training texts: a small preset without --tokenizer_path learns its tokenizer from them.
+    """
+    name = args.model_name_or_path
+    if Path(name).is_dir():
+        stored = checkpoint.load_chat_format(name)
+        chat_format = ChatFormat(args.chat_format or stored.name, args.instruction or stored.instruction)
+        generation = checkpoint.load_generation(name) or checkpoint.SAMPLING
+        return Source(
+            checkpoint.load_config(name), checkpoint.load_tokenizer(name), chat_format, Path(name), generation
+        )
+    if name not in PRESETS:
+        raise ValueError(
+            f"--model_name_or_path {name!r} is neither a directory nor a preset ({', '.join(PRESETS)}); "
+            "Meta's consolidated.*.pth files are imported by convert_weights.py first"
+        )
+    preset, default = PRESETS[name], ChatFormat()
+    if args.tokenizer_path:
+        tokenizer = Tokenizer.load(args.tokenizer_path)
+    elif preset.vocab_size <= 8192:
+        tokenizer = train_tokenizer(texts(), preset.vocab_size)
+    else:
+        raise ValueError(f"preset {name} has {preset.vocab_size:,} tokens: give --tokenizer_path tokenizer.model")
+    chat_format = ChatFormat(args.chat_format or default.name, args.instruction or default.instruction)
+    return Source(preset.with_vocab(tokenizer.vocab_size), tokenizer, chat_format, None, checkpoint.SAMPLING)
+
+
+def training_texts(args: TrainArguments) -> Iterable[str]:
+    """What a tokenizer is trained on: every message of the first 50,000 records of each file, bad ones passed over."""
+    for file in args.data_path:
+        records = read_records(file, instruction=args.instruction, answer=args.answer, on_bad=lambda bad, raw: None)
+        for _, record in zip(range(50_000), records, strict=False):
+            yield from (m.content for m in record.dialogue.messages)
+
+
+def build_model(args: TrainArguments, source: Source, world: World) -> Llama:
+    """The model on this rank's device, sharded and ready to train; weights read slice by slice, or random."""
+    with torch.device("meta"):
+        model = Llama(source.config)
+    parallel.prepare(
+        model,
+        model.layers,
+        world,
+        bf16=args.bf16,
+        reshard_after_forward="shard_grad_op" not in args.fsdp,
+        recompute=args.gradient_checkpointing,
+        compiled=args.torch_compile,
+    )
+    model.to_empty(device=world.device)
+    if source.weights is None:
+        model.init_weights(args.seed, parallel.assign)
+    else:
+        checkpoint.load_weights(model, source.weights)
+    return model
+
+
+def build_optimizer(args: TrainArguments, model: Llama) -> torch.optim.AdamW:
+    """Fused AdamW with fp32 state, which exists from the start, so that a checkpoint can be read into it."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        fused=True,
+    )
+    for p in model.parameters():
+        optimizer.state[p] = {
+            "step": torch.zeros((), dtype=torch.float32, device=p.device),
+            "exp_avg": torch.zeros_like(p),
+            "exp_avg_sq": torch.zeros_like(p),
+        }
+    return optimizer
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+
+def open_data(
+    args: TrainArguments, source: Source, sample: synthesize.Sample | None, world: World
+) -> tuple[loader.Dataset, loader.Dataset, loader.Report]:
+    """Training and held-out records, and the report on them. Tokenised by rank 0; the others open its cache."""
+    common: dict[str, Any] = {
+        "tokenizer": source.tokenizer,
+        "chat_format": source.chat_format,
+        "max_len": args.model_max_length,
+        "cache_dir": args.cache_dir or TOKEN_CACHE,
+        "progress": world.rank == 0,
+        "workers": args.num_workers or None,
+    }
+
+    def build() -> tuple[loader.Dataset, loader.Dataset, loader.Report]:
+        if sample is not None:
+            held, _, _ = loader.build([loader.InMemory("built-in sample, held out", sample.held_out)], **common)
+            train, _, report = loader.build([loader.InMemory("built-in sample", sample.train)], **common)
+            return train, held, dataclasses.replace(report, held_out=len(held))
+        choices = {"weights": args.data_weights or None, "eval_fraction": args.eval_fraction, "answer": args.answer}
+        if not args.skip_bad_records:
+            return loader.build(args.data_path, **choices, **common)
+        name = "rejected.jsonl" if world.rank == 0 else f".rejected.{world.rank}.jsonl"
+        with RejectedFile(Path(args.output_dir) / name) as rejected:
+            return loader.build(args.data_path, on_bad=rejected, **choices, **common)
+
+    return parallel.first_alone(world, build)
+
+
+def open_batches(args: TrainArguments, train: loader.Dataset, held: loader.Dataset, world: World) -> loader.Loader:
+    """This rank's batches: a pure function of the seed and the step."""
+    return loader.Loader(
+        train,
+        batch=args.per_device_train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
+        max_len=args.model_max_length,
+        rank=world.rank,
+        world=world.size,
+        packing=args.packing,
+        seed=args.seed,
+        evaluation=held,
+        eval_batch=args.per_device_eval_batch_size,
+        fixed_shape=args.torch_compile,
+    )
+
+
+# --- one step -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Global mean loss per supervised token, gradient norm, and whether any rank was asked to stop."""
+
+    loss: float
+    grad_norm: float
+    stop: bool
+
+
+def train_step(run: Run, step: loader.Step, rate: float, stopping: bool) -> StepResult:
+    """One optimizer step over this rank's micro-batches.
+
+    NonFinite on every rank, before any weight has changed, if the loss or the gradient is not a number.
+    """
+    sums = torch.zeros(2, dtype=torch.float64)  # loss, ranks that were asked to stop
+    suspect = None
+    for i, batch in enumerate(step.micro_batches):
+        parallel.sync_gradients(run.model, i == len(step.micro_batches) - 1)
+        loss, _ = run.model(*model_inputs(batch, run.world))
+        # FSDP averages gradients over ranks; times world.size, the result is the sum over the global batch.
+        (loss * (run.world.size / step.supervised_tokens)).backward()
+        sums[0] += loss.item()
+        if suspect is None and not math.isfinite(sums[0]):
+            suspect = batch
+    sums[1] = float(stopping)
+    norm = parallel.clip_grad_norm(run.model.parameters(), run.args.max_grad_norm).item()
+    parallel.all_reduce(sums)
+    if suspect is not None:
+        raise BadBatch(f"the loss is {sums[0]} in the batch of records {record_names([suspect])}; nothing was updated")
+    if not (math.isfinite(sums[0]) and math.isfinite(norm)):
+        names = record_names(step.micro_batches)
+        raise NonFinite(f"loss {sums[0]}, gradient norm {norm} in the step of records {names}; nothing was updated")
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    return StepResult(sums[0].item() / step.supervised_tokens, norm, sums[1].item() > 0)
+
+
+def model_inputs(batch: loader.Batch, world: World) -> tuple[Any, ...]:
+    """A batch as Llama.forward's tokens, targets, documents, on this rank's device."""
+    tokens, targets, start, end = (
+        t.to(world.device, non_blocking=True) for t in (batch.tokens, batch.targets, batch.start, batch.end)
+    )
+    return tokens, targets, (start, end)
+
+
+def record_names(batches: list[loader.Batch]) -> str:
+    """file:number of the records in batches, for a message."""
+    names = [f"{file}:{number}" for batch in batches for file, number in batch.records]
+    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+
+
+@torch.no_grad()
+def evaluate(run: Run) -> float | None:
+    """Mean loss per supervised token over the held-out records; None if there are none."""
+    run.model.eval()
+    sums = torch.zeros(2, dtype=torch.float64)
+    for batch in run.batches.eval_batches():
+        loss, count = run.model(*model_inputs(batch, run.world))
+        sums += torch.tensor([loss.item(), count.item()], dtype=torch.float64)
+    run.model.train()
+    parallel.all_reduce(sums)
+    return (sums[0] / sums[1]).item() if sums[1] else None
+
+
+def speed(run: Run, step: loader.Step, seconds: float) -> dict[str, float]:
+    """What a step cost: real tokens per second, seconds, and on a GPU its peak memory and mfu.
+
+    mfu: (6 parameters + 12 layers * width * row length) FLOP per token slot, as PaLM counts (arXiv:2204.02311,
+    appendix B), over the data sheet's dense bf16 rate. Recomputed activations do not count.
+    """
+    line: dict[str, float] = {"tokens_per_s": step.tokens / seconds, "seconds": seconds}
+    if run.world.device.type == "cuda":
+        line["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+        name = torch.cuda.get_device_name()
+        peak = next((rate for key, rate in PEAK_FLOPS.items() if key in name), None)
+        if peak is not None:
+            c = run.source.config
+            flops = 6 * c.n_params() + 12 * c.n_layers * c.n_heads * c.head_dim * run.args.model_max_length
+            line["mfu"] = flops * step.tokens / seconds / run.world.size / peak
+    return line
+
+
+# --- saving and resuming --------------------------------------------------------------------------
+
+
+def state_tensors(run: Run) -> dict[str, torch.Tensor]:
+    """Everything of a run that is a tensor, by name: weights, moments, step counts, this rank's generator."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, p in run.model.named_parameters():
+        tensors[f"model.{name}"] = p.detach()
+        for key, value in run.optimizer.state[p].items():
+            tensors[f"optimizer.{name}.{key}"] = value
+    tensors[f"rng.{run.world.rank}"] = torch.get_rng_state()
+    return tensors
+
+
+def save_state(run: Run, step: int, tokens: int) -> Path:
+    """checkpoint-<step>/: everything that the next step depends on, and the files that make it a model directory."""
+    source = run.source
+    return training_state.save_training_state(
+        run.output_dir,
+        step,
+        state_tensors(run),
+        {
+            "order": run.batches.state(step),
+            "tokens": tokens,
+            "arguments": dataclasses.asdict(run.args),
+            "world": run.world.size,
+            "torch": torch.__version__,
+        },
+        checkpoint.model_files(source.config, source.tokenizer, source.chat_format, source.generation),
+        run.args.save_total_limit or None,
+    )
+
+
+def resume(run: Run) -> tuple[int, int]:
+    """Steps done and tokens seen: those of the checkpoint that --resume_from_checkpoint means, or 0 and 0."""
+    wanted = run.args.resume_from_checkpoint
+    path = (
+        training_state.latest_training_state(run.output_dir) if wanted == "auto" else Path(wanted) if wanted else None
+    )
+    if path is None:
+        return 0, 0
+    tensors = state_tensors(run)
+    state = training_state.load_training_state(path, tensors)
+    torch.set_rng_state(tensors[f"rng.{run.world.rank}"])
+    step = run.batches.restore(state["order"])
+    say(run.world, f"resuming after step {step} from {path}")
+    return step, int(state["tokens"])
+
+
+def save_finished(run: Run) -> None:
+    """The finished model at output_dir, in the Hugging Face layout; out/latest names it."""
+    args, source = run.args, run.source
+    dtype = args.save_dtype if args.save_dtype != "auto" else "bfloat16" if args.bf16 else "float32"
+    training_state.save_sharded_model(
+        run.output_dir,
+        parallel.full_tensors(run.model),
+        source.config,
+        source.tokenizer,
+        source.chat_format,
+        source.generation,
+        getattr(torch, dtype),
+    )
+    if run.world.rank == 0:
+        LATEST.parent.mkdir(parents=True, exist_ok=True)
+        draft = LATEST.with_suffix(f".{os.getpid()}")
+        draft.write_text(f"{run.output_dir.resolve()}\n")
+        draft.replace(LATEST)
+
+
+# --- the loop -------------------------------------------------------------------------------------
+
+
+def due(strategy: str, every: int, run: Run, step: int) -> bool:
+    """Whether what has this strategy happens after so many steps."""
+    if strategy == "epoch":
+        return int(run.batches.epoch_of(step) + 1e-9) > int(run.batches.epoch_of(step - 1) + 1e-9)
+    return strategy == "steps" and step % every == 0
+
+
+def train(run: Run, stop: Stop) -> bool:
+    """The loop; whether it reached its end (else it was asked to stop, and saved where it was)."""
+    args = run.args
+    total = args.max_steps if args.max_steps > 0 else run.batches.total_steps(args.num_train_epochs)
+    done, tokens = resume(run)
+    log = RunLog(run.output_dir, done, "tensorboard" in args.report_to) if run.world.rank == 0 else None
+    interval = 0.2 if sys.stderr.isatty() else 20.0  # a log file is not redrawn
+    bar = tqdm(total=total, initial=done, unit="step", disable=run.world.rank != 0, mininterval=interval)
+    run.model.train()
+    stopped = False
+    for number in range(done + 1, total + 1):
+        begin = time.perf_counter()
+        step, rate = run.batches.step(number - 1), learning_rate(args, number, total)
+        result = train_step(run, step, rate, stop.signal != 0)
+        seconds = time.perf_counter() - begin
+        tokens += step.tokens
+        if log is not None and number % args.logging_steps == 0:
+            counts = {"tokens": tokens, "supervised_tokens": step.supervised_tokens}
+            line = {"step": number, "epoch": run.batches.epoch_of(number), "loss": result.loss, "lr": rate}
+            log.write({**line, "grad_norm": result.grad_norm, **counts, **speed(run, step, seconds)})
+        bar.set_postfix_str(f"loss {result.loss:.3f}, {step.tokens / seconds:,.0f} tok/s", refresh=False)
+        bar.update()
+        stopped = result.stop and number < total
+        if stopped or due(args.save_strategy, args.save_steps, run, number):
+            saved = save_state(run, number, tokens)
+        if stopped:
+            break
+        if number == total or due(args.evaluation_strategy, args.eval_steps, run, number):
+            report_held_out(run, number, log)
+    bar.close()
+    if log is not None:
+        log.close()
+        if not draw_loss(log.path, run.output_dir / "loss.png"):
+            say(run.world, "the loss is not drawn: pip install matplotlib")
+    if stopped:
+        say(run.world, f"stopped after step {number}; {saved} holds the run.")
+        say(run.world, "Give the same flags and --resume_from_checkpoint auto to go on.")
+    return not stopped
+
+
+def report_held_out(run: Run, step: int, log: RunLog | None) -> None:
+    """Evaluate, say and log the held-out loss."""
+    loss = evaluate(run)
+    if loss is None:
+        return
+    say(run.world, f"step {step}: held-out loss {loss:.4f}, perplexity {math.exp(loss):.3f}")
+    if log is not None:
+        log.write({"step": step, "eval_loss": loss, "eval_perplexity": math.exp(loss)})
+
+
+def check_output_dir(args: TrainArguments, path: Path) -> None:
+    """ValueError if the run would write over an earlier one that nobody said may go."""
+    if args.resume_from_checkpoint or args.overwrite_output_dir or not path.is_dir():
+        return
+    if (path / "config.json").exists() or any(path.glob("checkpoint-*")):
+        raise ValueError(
+            f"{path} already holds a trained model: talk to it with `python generate.py --checkpoint {path}`, go on "
+            "with --resume_from_checkpoint auto, train anew with --overwrite_output_dir, or choose another --output_dir"
+        )
+
+
+def examine(run: Run, sample: synthesize.Sample) -> None:
+    """Ask the finished model the held-out questions: three answers beside the reference, and how many are right."""
+    model = run.model.eval()
+    lines = []
+    for title, examples in (
+        ("unseen phrasing and symptoms", sample.held_out_examples),
+        ("unseen wording of every symptom too", sample.unseen_wordings),
+    ):
+        answers = answer_all(run, [e.question for e in examples])
+        named = share_named_right(sample.table, examples, answers)
+        by_symptoms, by_words = retrieval_ceiling(sample.table, examples)
+        lines.append(
+            f"{title}: {named:.1%} of {len(examples)} answers name the right condition "
+            f"(ranking the table by its true symptoms: {by_symptoms:.1%}, by the question's words: {by_words:.1%})"
+        )
+        if examples is sample.held_out_examples:
+            for e, text in list(zip(examples, answers, strict=True))[:3]:
+                say(run.world, f"\nPatient:   {e.question}\nModel:     {text}\nReference: {e.answer}")
+    say(run.world, "\n" + "\n".join(lines))
+    model.train()
+
+
+def answer_all(run: Run, questions: list[str]) -> list[str]:
+    """Greedy answers, questions of like length side by side."""
+    chat_format, tokenizer = run.source.chat_format, run.source.tokenizer
+    greedy = SamplingParams(temperature=0.0, repetition_penalty=1.0)
+    prompts = [
+        render(Dialogue((*chat_format.opening(), Message("user", q))), chat_format, tokenizer)[0] for q in questions
+    ]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    answers = [""] * len(prompts)
+    for at in range(0, len(order), 64):
+        rows = order[at : at + 64]
+        batch = answer_batch(run.model, tokenizer, [Request(prompts[i], greedy, 80) for i in rows])
+        for i, answer in zip(rows, batch, strict=True):
+            answers[i] = answer.text
+    return answers
+
+
+def execute(args: TrainArguments, world: World) -> int:
+    """The run that the flags describe; its exit status."""
+    output_dir = Path(args.output_dir)
+    check_output_dir(args, output_dir)
+    if args.tf32:
+        torch.set_float32_matmul_precision("high")
+    torch.manual_seed(args.seed)
+    sample = None if args.data_path else synthesize.sample()
+    texts = (lambda: training_texts(args)) if sample is None else sample.texts
+    source = open_source(args, texts)
+    train_set, held_out, report = open_data(args, source, sample, world)
+    batches = open_batches(args, train_set, held_out, world)
+    report.notes.extend(batches.report())
+    say(world, report.text())
+    if args.preview:
+        if world.rank == 0:
+            print(loader.preview(train_set, args.preview, source.tokenizer, colour=sys.stdout.isatty()))
+        return 0
+    if args.overwrite_output_dir and not args.resume_from_checkpoint:
+        training_state.on_first_rank(lambda: training_state.forget(output_dir))
+    model = build_model(args, source, world)
+    run = Run(args, world, source, batches, model, build_optimizer(args, model), output_dir)
+    where = f"{world.size} x {world.device.type}" if world.size > 1 else str(world.device)
+    say(world, f"model: {source.config.n_params():,} parameters on {where}; {kernels.describe()}")
+    with Stop() as stop:
+        if not train(run, stop):
+            return 128 + (stop.signal or signal.SIGTERM)  # a rank that was not told follows the one that was
+    save_finished(run)
+    if sample is not None and world.mesh is None:
+        examine(run, sample)
+    say(world, f"saved {output_dir}; talk to it: python generate.py --checkpoint {output_dir}")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    args, rank = None, int(os.environ.get("RANK", 0))
+    try:
+        args = parse(sys.argv[1:] if argv is None else argv, BUILTIN)
+        world = parallel.init(args.device, sharded=args.bf16)
+        return execute(args, world)
+    except ValueError as e:
+        if rank == 0 or isinstance(e, BadBatch):
+            print(f"error: {e}", file=sys.stderr)
+        return 2
+    finally:
+        parallel.shutdown()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
