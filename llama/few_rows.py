@@ -45,8 +45,8 @@ class PackedLinear(nn.Module):
     """nn.Linear without bias for bf16, its weight in oneDNN's own order and nowhere else.
 
     F.linear against this, us per row, as above: (768, 768) 221 / 138, (768, 2048) 358 / 263, (4096, 768) 709 / 357,
-    (32000, 288) 3012 / 939, (32000, 768) 5559 / 2705. The operators are torch.compile's and not documented: has_packed()
-    says whether this torch has them.
+    (32000, 288) 3012 / 939, (32000, 768) 5559 / 2705. The operators are torch.compile's and not documented:
+    has_packed() says whether this torch has them.
     """
 
     def __init__(self, weight: Tensor) -> None:
