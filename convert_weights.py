@@ -331,8 +331,8 @@ def _write_directory(job: Job, directory: Path, size: int) -> None:
         texts = checkpoint.model_files(job.config, job.tokenizer, chat_format, sampling, job.dtype, extra)
         for name, data in texts.items():
             (directory / name).write_bytes(data)
-        # map, not a generator: that would hold on to a tensor while the next one is made
-        named = map(lambda pair: (pair[0].name, pair[1]), _stream(job, size))
+        # A generator expression would hold on to a tensor while the next one is made.
+        named = map(lambda pair: (pair[0].name, pair[1]), _stream(job, size))  # noqa: C417
         write_weights(directory, named, job.config, job.dtype, job.max_shard)
     else:
         _copy_prompting(directory, chat_format, generation)

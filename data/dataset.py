@@ -160,10 +160,11 @@ def make_report(files: Sequence[TokenFile], train: Dataset, held: Dataset, max_l
     )
 
 
-def _histogram(lengths: Ints, bars: int = 10) -> list[tuple[int, int, int]]:
+def _histogram(lengths: Ints, bars: int = 12) -> list[tuple[int, int, int]]:
     if not lengths.size:
         return []
-    width = -(-(int(lengths.max()) + 1) // bars)
+    most = int(lengths.max()) + 1
+    width = next(w for e in range(10) for w in (10**e, 2 * 10**e, 5 * 10**e) if w * bars >= most)
     counts = np.bincount(lengths // width, minlength=1)
     return [(i * width, (i + 1) * width - 1, int(n)) for i, n in enumerate(counts)]
 

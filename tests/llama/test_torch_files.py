@@ -259,7 +259,7 @@ def test_mutated_files_load_or_are_refused(tmp_path: Path, writer: str) -> None:
     good = path.read_bytes()
     rng = random.Random(0)
     interesting = [i for i in range(len(good)) if good[i] != ord("Z") and good[i]]
-    loaded = refused = 0
+    loaded, complaints = 0, []
     for _ in range(250):
         data = bytearray(good)
         for _ in range(rng.choice((1, 1, 2, 8))):
@@ -273,11 +273,10 @@ def test_mutated_files_load_or_are_refused(tmp_path: Path, writer: str) -> None:
                 assert file.read(name).shape == s.shape
             loaded += 1
         except ValueError as e:
-            assert str(e).startswith(str(path)), e
-            assert "\n" not in str(e)
-            refused += 1
+            complaints.append(str(e))
     assert loaded
-    assert refused
+    assert complaints
+    assert all(c.startswith(str(path)) and "\n" not in c for c in complaints)
 
 
 def test_what_is_names_the_remedy(tmp_path: Path) -> None:
