@@ -46,7 +46,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Frames:
-    """The sentences around the symptoms of a question, and the ways to string symptoms together."""
+    """The sentences around the symptoms of a question (often none), and the ways to string symptoms together."""
 
     openings: tuple[str, ...]
     closings: tuple[str, ...]
@@ -56,8 +56,7 @@ class Frames:
 
 TRAIN_FRAMES = Frames(
     openings=(
-        "",
-        "",
+        *[""] * 6,
         "Doctor, ",
         "Doctor, ",
         "Hello doctor, ",
@@ -74,9 +73,7 @@ TRAIN_FRAMES = Frames(
         "Hello, I am {age}. ",
     ),
     closings=(
-        "",
-        "",
-        "",
+        *[""] * 8,
         " What could it be?",
         " What is wrong with me?",
         " What should I do?",
@@ -90,8 +87,7 @@ TRAIN_FRAMES = Frames(
         " Thank you.",
     ),
     durations=(
-        "",
-        "",
+        *[""] * 8,
         " It started {n} days ago.",
         " This has been going on for {n} weeks.",
         " It began yesterday.",
@@ -200,21 +196,24 @@ def _capital(text: str) -> str:
 
 NAMINGS = ("This sounds like {}.", "You may have {}.", "Your symptoms suggest {}.")
 EMERGENCY = " This is an emergency: go to an emergency department now."
+SOON = " See a doctor soon."
 DISCLAIMER = " This does not replace a visit to your doctor."
 
 
 def answer(rng: random.Random, condition: Condition) -> str:
-    """A doctor's answer: the name first, for an emergency what to do now, then tests, treatment and red flags."""
+    """A doctor's answer: the name first, then how soon to see someone, then tests, treatment and red flags."""
     text = rng.choice(NAMINGS).format(condition.spoken)
     if condition.urgency == "emergency":
         text += EMERGENCY
+    if condition.urgency == "urgent":
+        text += SOON
     kind = rng.random()
     if kind < 0.75:
         text += f" Tests: {_list(condition.tests, 'and')}."
     if kind > 0.25:
         text += f" Treatment: {_list(condition.medications, 'and')}."
     if condition.urgency != "emergency" and rng.random() < 0.6:
-        text += f" Go to an emergency department if there is {_list(condition.red_flags, 'or')}."
+        text += f" Go to an emergency department in case of {_list(condition.red_flags, 'or')}."
     elif rng.random() < 0.5:
         text += DISCLAIMER
     return text
