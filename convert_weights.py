@@ -88,7 +88,6 @@ class Job:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; the exit code."""
     args = parse(argv)
-    signal.signal(signal.SIGTERM, _interrupt)
     try:
         convert(args)
     except ValueError as e:
@@ -143,7 +142,7 @@ def convert(args: argparse.Namespace) -> None:
     else:
         with files.atomic_directory(args.dst, size + _SLACK) as directory:
             _write_directory(job, directory, size)
-            result = HuggingFace(directory) if args.to == "hf" else Meta(directory)
+            result = (HuggingFace if args.to == "hf" else Meta)(directory, mmap=False)
             _compare_config(job, result.config)
             _compare(job, result, size)
             job.source.check_unchanged()
@@ -310,6 +309,7 @@ def _compare(job: Job, result: Reader, size: int) -> None:
             wrote, read = job.source.read(_source_entry(job, e)).to(kind), result.read(_source_entry(job, e))
             if read.dtype != kind or not torch.equal(wrote.view(bits), read.view(bits)):
                 raise ValueError(f"{e.name}: reading it back gives other bits than were written; is the disk failing?")
+            del wrote, read
             bar.update(_bytes(e, job))
 
 
@@ -331,7 +331,9 @@ def _write_directory(job: Job, directory: Path, size: int) -> None:
         texts = checkpoint.model_files(job.config, job.tokenizer, chat_format, sampling, job.dtype, extra)
         for name, data in texts.items():
             (directory / name).write_bytes(data)
-        write_weights(directory, ((e.name, t) for e, t in _stream(job, size)), job.config, job.dtype, job.max_shard)
+        # A generator expression would hold on to a tensor while the next one is made.
+        named = map(lambda pair: (pair[0].name, pair[1]), _stream(job, size))  # noqa: C417
+        write_weights(directory, named, job.config, job.dtype, job.max_shard)
     else:
         _copy_prompting(directory, chat_format, generation)
         if job.tokenizer is not None:
@@ -401,4 +403,5 @@ def _size(n: int) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _interrupt)  # a stopped job cleans up as an interrupted one does
     sys.exit(main())

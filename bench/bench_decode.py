@@ -9,7 +9,6 @@ make any figure meaningless.
 
 from __future__ import annotations
 
-# ruff: noqa: E402  the repository root must be on the path before anything of ours is imported
 import argparse
 import gc
 import json

@@ -22,6 +22,7 @@ from llama.config import LlamaConfig
 from llama.layout import Entry, deinterleave, entries, interleave
 from llama.model import rotation_frequencies
 from llama.tokenizer import Tokenizer
+from llama.torch_files import Stored, read_bytes
 
 _ROPE = "rope_freqs.weight"
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -73,6 +74,7 @@ def write_gguf(
             kind = dtype_in_gguf(e, dtype)
             raw = whole.to(kind).contiguous()
             writer.write_tensor_data((raw if kind == torch.float32 else raw.view(torch.uint16)).numpy())
+            del t, whole, raw  # or they would live on while the next one is made
     finally:
         writer.close()
 
@@ -146,8 +148,8 @@ class GGUF:
 
     def __init__(self, path: Path, c: LlamaConfig) -> None:
         """ValueError when its tensors are not those of the config."""
-        self._reader = package().GGUFReader(path)
-        self._tensors = {t.name: t for t in self._reader.tensors}
+        self._path = path
+        self._tensors = {t.name: t for t in package().GGUFReader(path).tensors}
         expected = {e.gguf: e for e in entries(c)}
         if self._tensors.keys() - {_ROPE} != expected.keys():
             raise ValueError(f"{path}: reading it back gives other tensors than were written")
@@ -159,5 +161,5 @@ class GGUF:
         """One whole tensor; do not write into it."""
         t = self._tensors[e.gguf]
         kind = {name: dtype for dtype, name in _NAMES.items()}[t.tensor_type.name]
-        raw = torch.from_numpy(np.array(t.data).reshape(-1).view(np.uint8)).view(kind).view(e.shape)
+        raw = read_bytes(self._path, Stored(kind, e.shape, t.data_offset))
         return deinterleave(raw, e.rope_heads) if e.rope_heads else raw

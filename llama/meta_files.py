@@ -131,15 +131,20 @@ class Meta:
     def read(self, e: Entry) -> Tensor:
         """One whole tensor, joined from the shards; do not write into it. Replicated ones must agree."""
         e = self._entries[e.name]
-        parts = [f.read(e.meta) for f in self.files]
-        if e.meta_split is None:
-            for f, part in zip(self.files, parts, strict=True):
-                if not torch.equal(part, parts[0]):
-                    first = self.files[0].path.name
-                    raise ValueError(f"{f.path}: {e.meta} differs from that of {first}; every shard must hold the same")
-            return parts[0]
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts, e.meta_split)
-        del parts
+        first = self.files[0].read(e.meta)
+        if len(self.files) == 1:
+            whole = first
+        elif e.meta_split is None:
+            for f in self.files[1:]:
+                if not torch.equal(f.read(e.meta), first):
+                    name = self.files[0].path.name
+                    raise ValueError(f"{f.path}: {e.meta} differs from that of {name}; every shard must hold the same")
+            return first
+        else:  # into place one after the other: torch.cat would need all parts in memory beside the whole
+            whole = first.new_empty(e.shape)
+            for f, place in zip(self.files, whole.chunk(len(self.files), e.meta_split), strict=True):
+                place.copy_(f.read(e.meta))
+        del first
         return deinterleave(whole, e.rope_heads) if e.rope_heads else whole
 
     def check_unchanged(self) -> None:
@@ -200,6 +205,7 @@ def write_meta(path: Path, tensors: Iterable[tuple[Entry, Tensor]], c: LlamaConf
             for w, part in zip(writers, parts, strict=True):
                 assert tuple(part.shape) == e.part(shards)
                 w.add(e.meta, part)
+            del t, whole, parts, part  # or they would live on while the next one is made
         for w in writers:
             w.close()
 
