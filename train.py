@@ -28,6 +28,7 @@ from data.records import RejectedFile, read_records
 from llama import checkpoint, parallel, training_state
 from llama.arguments import TrainArguments, parse
 from llama.chat import ChatFormat, Dialogue, Message, render
+from llama.command_line import LATEST
 from llama.config import PRESETS, LlamaConfig
 from llama.generation import Request, answer_batch
 from llama.model import Llama
@@ -37,7 +38,6 @@ from llama.sampling import SamplingParams
 from llama.schedule import learning_rate
 from llama.tokenizer import Tokenizer, train_tokenizer
 
-LATEST = Path("out/latest")  # names the finished model that generate.py opens by default
 TOKEN_CACHE = ".cache/tokens"
 
 # `python train.py`: the tiny model on the built-in sample. What the numbers were chosen by is in docs/log.md.
