@@ -292,7 +292,7 @@ def _list(parts: Sequence[str], word: str) -> str:
 
 
 def examples(table: Table, seed: int, n: int, split: Split = "train") -> Iterator[Example]:
-    """n examples, the conditions in shuffled rounds so that each is met equally often."""
+    """n examples, in shuffled rounds of all conditions; a training round has the common ones twice."""
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is not one of {', '.join(SPLITS)}")
     rng = random.Random(f"{split} {seed}")
@@ -302,6 +302,8 @@ def examples(table: Table, seed: int, n: int, split: Split = "train") -> Iterato
     for _ in range(n):
         if not round_:
             round_ = list(table.conditions)
+            if split == "train":
+                round_ += [c for c in table.conditions if c.common]
             rng.shuffle(round_)
         condition = round_.pop()
         picked = pick_symptoms(rng, sets[condition.name])
