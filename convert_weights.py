@@ -33,7 +33,7 @@ from llama.hf_files import HuggingFace
 from llama.layout import Entry, entries
 from llama.meta_files import Meta, all_entries, check_shards, write_meta
 from llama.tokenizer import Tokenizer
-from llama.torch_files import DTYPES
+from llama.torch_files import DTYPES, same_bits
 from llama.weights import write_weights
 
 _TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -304,10 +304,9 @@ def _compare(job: Job, result: Reader, size: int) -> None:
     """Every tensor of the result against the source, bit for bit."""
     with _bar("reading back", size) as bar:
         for e in _entries(job):
-            kind = _dtype(job, e)
-            bits = torch.int32 if kind.itemsize == 4 else torch.int16
-            wrote, read = job.source.read(_source_entry(job, e)).to(kind), result.read(_source_entry(job, e))
-            if read.dtype != kind or not torch.equal(wrote.view(bits), read.view(bits)):
+            wrote = job.source.read(_source_entry(job, e)).to(_dtype(job, e))
+            read = result.read(_source_entry(job, e))
+            if not same_bits(wrote, read):
                 raise ValueError(f"{e.name}: reading it back gives other bits than were written; is the disk failing?")
             del wrote, read
             bar.update(_bytes(e, job))
@@ -387,13 +386,13 @@ def _summarise(job: Job, dst: Path, size: int) -> None:
         f"{', head tied to the embedding' if c.tie_embeddings else ''}"
     )
     if s.ignored:
-        print(f"ignored  {len(s.ignored)} that say nothing new: {', '.join(s.ignored[:3])}")
+        say = "says" if len(s.ignored) == 1 else "say"
+        print(f"ignored  {len(s.ignored)} that {say} nothing new: {', '.join(s.ignored[:3])}")
     if job.tokenizer is None:
         print("note     no SentencePiece tokenizer: generate.py cannot talk to this model")
     elif (rows := c.vocab_size - job.tokenizer.vocab_size) > 0:
-        print(
-            f"note     {rows} rows of the embedding are beyond the tokenizer's {job.tokenizer.vocab_size} pieces; kept"
-        )
+        what = "1 row of the embedding is" if rows == 1 else f"{rows} rows of the embedding are"
+        print(f"note     {what} beyond the tokenizer's {job.tokenizer.vocab_size} pieces; kept")
     name = {"hf": "Hugging Face", "meta": f"Meta, {job.shards} shard{'s' * (job.shards > 1)}", "gguf": "GGUF"}[job.to]
     print(f"wrote    {name}, {DTYPES[job.dtype]}: {dst} ({_size(size)}, {count} tensors, all read back equal)")
 

@@ -12,27 +12,22 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from llama.chat import Dialogue, Message, render
-from terminal.screen import Screen
+from llama.command_line import LATEST, Parser
+from llama.screen import Screen
 
 if TYPE_CHECKING:  # torch takes seconds to import: --help and wrong flags must not wait for it
     from llama.generation import Answer, Doctor, Request
     from llama.sampling import SamplingParams
 
-LATEST = Path("out/latest")  # train.py writes the path of the model it finished last into this file
 SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
-
-
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The flags; dashes in their names count as underscores."""
-    p = _Parser(prog="generate.py", description=__doc__, allow_abbrev=False)
+    """The flags."""
+    p = Parser("generate.py", __doc__)
     add = p.add_argument
     add("--checkpoint", metavar="DIR", help=f"model directory; default: the one named in {LATEST}")
     add("--prompt", metavar="TEXT", help="answer this one question; - reads it from stdin")
@@ -52,7 +47,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1, ...")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: as the weights are stored")
     add("--verbose", action="store_true", help="say on stderr what was loaded and which kernels run")
-    argv = [_underscored(a) for a in argv]
     args = p.parse_args(argv)
     if args.prompt is not None and args.input is not None:
         p.error("--prompt and --input exclude each other")
@@ -63,13 +57,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if args.batch_size < 1:
         p.error(f"--batch_size is {args.batch_size}; it must be 1 or more")
     return args
-
-
-def _underscored(argument: str) -> str:
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument.partition("=")
-    return "--" + name[2:].replace("-", "_") + equals + value
 
 
 # --- what answers ---------------------------------------------------------------------------------
@@ -335,7 +322,7 @@ def run(argv: list[str]) -> int:
     elif args.input is not None:
         return 2 if answer_file(doctor, args) else 0
     else:
-        from terminal.chat import Chat
+        from llama.terminal import Chat
 
         Chat(doctor).run()
     return 0

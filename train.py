@@ -24,10 +24,11 @@ from tqdm import tqdm
 import kernels
 from data import loader, synthesize
 from data.metrics import retrieval_ceiling, share_named_right
-from data.records import RejectedFile, read_records
+from data.records import BadRecord, RejectedFile, read_records
 from llama import checkpoint, parallel, training_state
 from llama.arguments import TrainArguments, parse
 from llama.chat import ChatFormat, Dialogue, Message, render
+from llama.command_line import LATEST
 from llama.config import PRESETS, LlamaConfig
 from llama.generation import Request, answer_batch
 from llama.model import Llama
@@ -37,7 +38,6 @@ from llama.sampling import SamplingParams
 from llama.schedule import learning_rate
 from llama.tokenizer import Tokenizer, train_tokenizer
 
-LATEST = Path("out/latest")  # names the finished model that generate.py opens by default
 TOKEN_CACHE = ".cache/tokens"
 
 # `python train.py`: the tiny model on the built-in sample. What the numbers were chosen by is in docs/log.md.
@@ -201,8 +201,9 @@ def open_data(
         choices = {"weights": args.data_weights or None, "eval_fraction": args.eval_fraction, "answer": args.answer}
         if not args.skip_bad_records:
             return loader.build(args.data_path, **choices, **common)
-        name = "rejected.jsonl" if world.rank == 0 else f".rejected.{world.rank}.jsonl"
-        with RejectedFile(Path(args.output_dir) / name) as rejected:
+        if world.rank != 0:  # rank 0 has written them down
+            return loader.build(args.data_path, on_bad=lambda bad, raw: None, **choices, **common)
+        with RejectedFile(Path(args.output_dir) / "rejected.jsonl") as rejected:
             return loader.build(args.data_path, on_bad=rejected, **choices, **common)
 
     return parallel.first_alone(world, build)
@@ -526,14 +527,15 @@ def execute(args: TrainArguments, world: World) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args, rank = None, int(os.environ.get("RANK", 0))
+    rank = int(os.environ.get("RANK", 0))
     try:
         args = parse(sys.argv[1:] if argv is None else argv, BUILTIN)
         world = parallel.init(args.device, sharded=args.bf16)
         return execute(args, world)
     except ValueError as e:
+        remedy = " (--skip_bad_records sets such records aside and goes on)" if isinstance(e, BadRecord) else ""
         if rank == 0 or isinstance(e, BadBatch):
-            print(f"error: {e}", file=sys.stderr)
+            print(f"error: {e}{remedy}", file=sys.stderr)
         return 2
     finally:
         parallel.shutdown()

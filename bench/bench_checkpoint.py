@@ -230,7 +230,7 @@ def main() -> None:
         print(f"{case:30} {json.dumps(results[case])}", file=sys.stderr)
     shutil.rmtree(args.directory)
     report = {
-        "command": "python bench/bench_checkpoint.py",
+        "command": " ".join(["python", "bench/bench_checkpoint.py", *sys.argv[1:]]),
         "device": device(),
         "load_average": [round(x, 1) for x in os.getloadavg()],
         "threads": torch.get_num_threads(),

@@ -19,7 +19,7 @@ from torch import Tensor
 from llama import files
 from llama.config import LlamaConfig, from_hf
 from llama.layout import Entry, entries
-from llama.torch_files import DTYPES, Stored, TorchFile, Unchanged, read_bytes, what_is
+from llama.torch_files import DTYPES, Stored, TorchFile, Unchanged, read_bytes, same_bits, what_is
 
 _SAFETENSORS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -190,5 +190,5 @@ def _open_sharded(index: Path, kind: type[SafetensorsFile] | type[TorchFile], mm
 
 
 def _same(where: dict[str, TensorFile], a: str, b: str, path: Path) -> None:
-    if b not in where or not torch.equal(where[a].read(a), where[b].read(b)):
+    if b not in where or not same_bits(where[a].read(a), where[b].read(b)):
         raise ValueError(f"{path}: config.json ties {a} to {b}, but they differ; set tie_word_embeddings to false")

@@ -135,6 +135,12 @@ def read_bytes(path: Path, s: Stored) -> Tensor:
     return t
 
 
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same to the last bit: NaN equals itself here, and -0 is not 0."""
+    bits = torch.int32 if a.element_size() == 4 else torch.int16
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(bits), b.view(bits))
+
+
 def bytes_of(t: Tensor) -> Any:
     """The bytes of a contiguous tensor as a NumPy array that shares its memory."""
     return t.contiguous().view(-1).view(torch.uint8).numpy()

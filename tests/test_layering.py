@@ -9,10 +9,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"train", "generate", "convert_weights", "evaluate", "serve"}
-TEXT_HALF = {"llama", *(f"llama.{name}" for name in ("arguments", "chat", "config", "files", "schedule", "tokenizer"))}
+TEXT_NAMES = ("arguments", "chat", "command_line", "config", "files", "schedule", "screen", "tokenizer")
+TEXT_HALF = {"llama", *(f"llama.{name}" for name in TEXT_NAMES)}
 SOURCES = [
     *(ROOT / f"{name}.py" for name in sorted(SCRIPTS) if (ROOT / f"{name}.py").exists()),
-    *(path for folder in ("llama", "kernels", "data", "terminal") for path in sorted((ROOT / folder).rglob("*.py"))),
+    *(path for folder in ("llama", "kernels", "data") for path in sorted((ROOT / folder).rglob("*.py"))),
 ]
 
 
@@ -37,7 +38,7 @@ def imports_of(path: Path) -> set[str]:
 
 
 def ours(names: set[str]) -> set[str]:
-    return {n for n in names if n.split(".")[0] in {"llama", "kernels", "data", "terminal", *SCRIPTS}}
+    return {n for n in names if n.split(".")[0] in {"llama", "kernels", "data", *SCRIPTS}}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_of)
@@ -53,9 +54,7 @@ def test_imports_follow_the_plan(path: Path) -> None:
         assert not any(n.split(".")[0] in {"torch", "numpy", "triton"} for n in names), "the text half has no torch"
     elif top == "llama":
         assert not any(n.startswith("kernels.") for n in names), "llama uses the seam, not its files"
-        assert not any(n.split(".")[0] in {"data", "terminal"} for n in names), "llama never imports data or terminal"
-    elif top == "terminal":
-        assert not any(n.startswith("kernels.") or n.split(".")[0] == "data" for n in names)
+        assert not any(n.split(".")[0] in {"data"} for n in names), "llama never imports data"
     elif top == "data":
         assert {n for n in ours(names) if not n.startswith("data")} <= TEXT_HALF
         if module != "data.loader":
@@ -73,7 +72,7 @@ def test_nothing_happens_at_import(path: Path) -> None:
         assert isinstance(node, allowed) or docstring or main or typing_only, f"{path.name}:{node.lineno}"
 
 
-@pytest.mark.parametrize("package", ["llama", "data", "terminal"])
+@pytest.mark.parametrize("package", ["llama", "data"])
 def test_package_files_import_nothing(package: str) -> None:
     assert not imports_of(ROOT / package / "__init__.py")
 

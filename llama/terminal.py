@@ -18,7 +18,7 @@ from pathlib import Path
 import kernels
 from llama.chat import Dialogue, Message, fit
 from llama.generation import Answer, Context, Doctor, room_for
-from terminal.screen import Screen
+from llama.screen import Screen
 
 DISCLAIMER = (
     "A research model, not a doctor: its answers are not medical advice and may be\n"

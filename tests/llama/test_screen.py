@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from terminal.screen import Screen
+from llama.screen import Screen
 
 
 class Tty(io.StringIO):
