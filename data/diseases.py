@@ -18,8 +18,8 @@ SAMPLE = Path(__file__).parent / "sample"
 URGENCIES = ("emergency", "urgent", "routine")
 MIN_SYMPTOMS, MAX_SYMPTOMS = 6, 9
 
-_KEYS = ("condition", "synonyms", "urgency", "symptoms", "tests", "medications", "red flags")
-_OPTIONAL = ("synonyms",)
+_KEYS = ("condition", "synonyms", "urgency", "frequency", "symptoms", "tests", "medications", "red flags")
+_OPTIONAL = ("synonyms", "frequency")
 _WORD = re.compile(r"[a-z0-9']+")
 
 
@@ -40,6 +40,7 @@ class Condition:
     article: str
     synonyms: tuple[str, ...]
     urgency: str
+    common: bool
     symptoms: tuple[str, ...]
     tests: tuple[str, ...]
     medications: tuple[str, ...]
@@ -147,6 +148,8 @@ def _condition(
     article, name = (head, rest) if head in ("a", "an", "the") and rest else ("", fields["condition"][0])
     if fields["urgency"][0] not in URGENCIES or len(fields["urgency"]) != 1:
         raise _at(path, block["urgency"][0], f"urgency must be one of {', '.join(URGENCIES)}")
+    if fields.get("frequency", ("common",)) != ("common",):
+        raise _at(path, block["frequency"][0], "frequency can only be common; leave the line out otherwise")
     mine, number = fields["symptoms"], block["symptoms"][0]
     for symptom in mine:
         if symptom not in symptoms:
@@ -160,6 +163,7 @@ def _condition(
         article,
         fields.get("synonyms", ()),
         fields["urgency"][0],
+        "frequency" in fields,
         mine,
         fields["tests"],
         fields["medications"],

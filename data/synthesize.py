@@ -25,7 +25,7 @@ from llama.chat import DOCTOR_INSTRUCTION, Dialogue, Message
 Split = Literal["train", "held_out", "unseen_wordings"]
 SPLITS: tuple[Split, ...] = ("train", "held_out", "unseen_wordings")
 
-SIZES, SIZE_WEIGHTS = (2, 3, 4, 5), (1, 4, 3, 2)  # symptoms in a question, and how often
+SIZES, SIZE_WEIGHTS = (2, 3, 4, 5), (2, 4, 3, 1)  # symptoms in a question, and how often
 HELD_OUT_SHARE = 1 / 8  # of every condition's sets of symptoms
 
 
@@ -54,49 +54,113 @@ class Frames:
     joints: tuple[tuple[str, str], ...]  # between symptoms, before the last one; a full stop starts a new sentence
 
 
+# Many and varied: with a third of these the model named 95 % right in questions with trained frames and 67 % with held-out ones.
 TRAIN_FRAMES = Frames(
     openings=(
-        *[""] * 6,
-        "Doctor, ",
-        "Doctor, ",
+        *[""] * 12,
+        *["Doctor, "] * 4,
         "Hello doctor, ",
         "Hi, ",
         "Good morning, ",
         "Hello, ",
         "Dear doctor, ",
+        "Good afternoon doctor, ",
         "Please help: ",
+        "My problem is this: ",
+        "Here is what I feel: ",
+        "Since {n} days ago, ",
+        "For {n} months now, ",
+        "These days, ",
         "Hi doctor. ",
         "I have a question. ",
         "I am worried. ",
-        "Doctor, I need your advice. ",
+        "I need your advice, doctor. ",
+        "Thanks for reading this. ",
+        "I hope you can help me. ",
+        "Sorry to disturb you. ",
+        "I do not know what to do. ",
+        "My wife told me to ask you. ",
+        "I never had this before. ",
+        "Can I ask you something? ",
+        "May I describe my case? ",
         "I am {age} years old. ",
+        "I am {age} and usually healthy. ",
         "Hello, I am {age}. ",
+        "Age {age}. ",
+        "I turned {age} this year. ",
+        "I work in an office. ",
+        "I live alone. ",
     ),
     closings=(
-        *[""] * 8,
+        *[""] * 16,
         " What could it be?",
         " What is wrong with me?",
         " What should I do?",
         " Is it serious?",
+        " Is this dangerous?",
         " Do I need a test?",
+        " Which tests do I need?",
         " What can I take for it?",
+        " Is there a medicine for it?",
         " Can you help me?",
         " Please advise.",
+        " Please tell me what you think.",
         " Should I be worried?",
+        " Should I see a specialist?",
+        " Do I need to see someone today?",
+        " Can I wait until next week?",
         " What do I have?",
+        " What is the cause?",
+        " What would you suggest?",
+        " Could it be something bad?",
+        " How long will it last?",
+        " Will it pass on its own?",
+        " Am I very ill?",
+        " I look forward to your answer.",
+        " Many thanks.",
         " Thank you.",
     ),
     durations=(
-        *[""] * 8,
+        *[""] * 16,
         " It started {n} days ago.",
+        " It started on Monday.",
         " This has been going on for {n} weeks.",
+        " It has been like this for {n} months.",
+        " That was {n} hours ago.",
         " It began yesterday.",
+        " It began at work.",
         " I have had this for a while.",
+        " I have never felt like this.",
         " It is getting worse.",
+        " It gets a bit better and then worse again.",
+        " Nothing helps.",
         " It comes and goes.",
+        " It is there all day.",
         " I first noticed it {n} days ago.",
+        " My friends tell me to see you.",
+        " I am quite scared.",
+        " I could not go to work today.",
+        " I tried to rest, but it did not help.",
+        " I take no medicines.",
+        " Last year I was fine.",
     ),
-    joints=((", ", " and "), (" and ", " and "), (". ", ". "), (". Also, ", ". "), (", ", ", "), (". ", ". And ")),
+    joints=(
+        (", ", " and "),
+        (", ", " and "),
+        (" and ", " and "),
+        (". ", ". "),
+        (". Also, ", ". "),
+        (", ", ", "),
+        (". ", ". And "),
+        (", and ", ", and "),
+        (", plus ", ", plus "),
+        (" - ", " - "),
+        (". Then ", ". Lately, "),
+        (". In addition, ", ". Now "),
+        (". Moreover, ", ". Sometimes "),
+        (", besides that ", ", and on top "),
+        (", but also ", ", and now "),
+    ),
 )
 
 HELD_OUT_FRAMES = Frames(
@@ -167,11 +231,12 @@ def ask(rng: random.Random, frames: Frames, wordings: Sequence[str]) -> str:
         joint = "" if i == 0 else last if i == len(wordings) - 1 else between
         new_sentence = "." in joint or i == 0
         said, is_phrase = _said(wording, phrase_open and not new_sentence)
-        if not new_sentence and joint == " and " and said.startswith("I ") and rng.random() < 0.5:
-            said = said[2:] if text.startswith("I ") and ". " not in text else said  # "I cough and feel hot"
+        about_i = text.startswith("I ") and ". " not in text and said.startswith("I ")
+        if joint == " and " and about_i and rng.random() < 0.5:
+            said = said.removeprefix("I ")  # "I cough and feel hot"
         text += joint + (_capital(said) if joint.endswith(". ") else said)
         phrase_open = is_phrase
-    opening = rng.choice(frames.openings).format(age=rng.randint(18, 80))
+    opening = rng.choice(frames.openings).format(age=rng.randint(18, 80), n=rng.randint(2, 9))
     closing = rng.choice(frames.durations).format(n=rng.randint(2, 9)) + rng.choice(frames.closings)
     return opening + (text if opening.endswith((", ", ": ")) else _capital(text)) + "." + closing
 
@@ -227,7 +292,7 @@ def _list(parts: Sequence[str], word: str) -> str:
 
 
 def examples(table: Table, seed: int, n: int, split: Split = "train") -> Iterator[Example]:
-    """n examples, the conditions in shuffled rounds so that each is met equally often."""
+    """n examples, in shuffled rounds of all conditions; a training round has the common ones twice."""
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is not one of {', '.join(SPLITS)}")
     rng = random.Random(f"{split} {seed}")
@@ -237,6 +302,8 @@ def examples(table: Table, seed: int, n: int, split: Split = "train") -> Iterato
     for _ in range(n):
         if not round_:
             round_ = list(table.conditions)
+            if split == "train":
+                round_ += [c for c in table.conditions if c.common]
             rng.shuffle(round_)
         condition = round_.pop()
         picked = pick_symptoms(rng, sets[condition.name])
@@ -249,11 +316,11 @@ def examples(table: Table, seed: int, n: int, split: Split = "train") -> Iterato
 class Recipe:
     """The data of the embedded default: how much of it, and how it is written for the model."""
 
-    n_train: int = 40_000
+    n_train: int = 27_200  # 1,700 steps of 16, every dialogue once
     n_held_out: int = 428  # of either held-out split: two questions a condition
     seed: int = 0
     vocab_size: int = 2048
-    max_len: int = 128
+    max_len: int = 160
     chat_format: str = "dialogue"
     instruction: str = ""
 

@@ -111,6 +111,7 @@ TWIN = BLOCK.replace("a test fever", "another fever")
         (BLOCK.replace("tests: a look", "tests: a look;"), 4, "no semicolon at the end"),
         (BLOCK.replace("tests: a look", "tests: a look\ntests: more"), 5, "empty line between"),
         (BLOCK.replace("routine", "soonish"), 2, "emergency, urgent, routine"),
+        (BLOCK.replace("routine", "routine\nfrequency: rare"), 3, "can only be common"),
         (BLOCK.replace("s5", "s9"), 3, "'s9' is not in symptoms.txt"),
         (BLOCK.replace("s5", "s4"), 3, "twice"),
         (BLOCK.replace("; s5", ""), 3, f"name {MIN_SYMPTOMS} to"),

@@ -42,10 +42,12 @@ def test_same_seed_same_dialogues_and_a_longer_run_begins_with_a_shorter_one(tab
     assert first != list(examples(table, 8, 50))
 
 
-def test_every_condition_is_met_equally_often(table: Table) -> None:
-    n = len(table.conditions)
-    names = [e.condition for e in examples(table, 0, 2 * n)]
-    assert sorted(names) == sorted([c.name for c in table.conditions] * 2)
+def test_every_condition_is_asked_equally_often_and_in_training_common_ones_twice(table: Table) -> None:
+    names, common = [c.name for c in table.conditions], [c.name for c in table.conditions if c.common]
+    held_out = [e.condition for e in examples(table, 0, 2 * len(names), "held_out")]
+    assert sorted(held_out) == sorted(names * 2)
+    train = [e.condition for e in examples(table, 0, len(names) + len(common))]
+    assert sorted(train) == sorted(names + common)
 
 
 def test_sets_of_symptoms_are_disjoint(table: Table, made: dict[str, list[Example]]) -> None:
