@@ -43,13 +43,14 @@ TOKEN_CACHE = ".cache/tokens"
 # `python train.py`: the tiny model on the built-in sample. What the numbers were chosen by is in docs/log.md.
 BUILTIN: dict[str, Any] = {
     "chat_format": synthesize.RECIPE.chat_format,
+    "instruction": synthesize.RECIPE.instruction,
     "model_max_length": synthesize.RECIPE.max_len,
-    "max_steps": 1200,
-    "per_device_train_batch_size": 32,
-    "learning_rate": 3e-3,
-    "warmup_steps": 50,
-    "adam_beta2": 0.95,
-    "weight_decay": 0.1,
+    "max_steps": 1700,
+    "per_device_train_batch_size": 16,
+    "learning_rate": 4e-3,
+    "warmup_steps": 40,
+    "adam_beta2": 0.98,
+    "weight_decay": 0.05,
     "save_steps": 200,
     "save_total_limit": 1,
 }
@@ -106,8 +107,7 @@ def open_source(args: TrainArguments, texts: Callable[[], Iterable[str]]) -> Sou
     """
     name = args.model_name_or_path
     if Path(name).is_dir():
-        stored = checkpoint.load_chat_format(name)
-        chat_format = ChatFormat(args.chat_format or stored.name, args.instruction or stored.instruction)
+        chat_format = chosen_format(args, checkpoint.load_chat_format(name))
         generation = checkpoint.load_generation(name) or checkpoint.SAMPLING
         return Source(
             checkpoint.load_config(name), checkpoint.load_tokenizer(name), chat_format, Path(name), generation
@@ -117,21 +117,29 @@ def open_source(args: TrainArguments, texts: Callable[[], Iterable[str]]) -> Sou
             f"--model_name_or_path {name!r} is neither a directory nor a preset ({', '.join(PRESETS)}); "
             "Meta's consolidated.*.pth files are imported by convert_weights.py first"
         )
-    preset, default = PRESETS[name], ChatFormat()
+    preset = PRESETS[name]
     if args.tokenizer_path:
         tokenizer = Tokenizer.load(args.tokenizer_path)
     elif preset.vocab_size <= 8192:
         tokenizer = train_tokenizer(texts(), preset.vocab_size)
     else:
         raise ValueError(f"preset {name} has {preset.vocab_size:,} tokens: give --tokenizer_path tokenizer.model")
-    chat_format = ChatFormat(args.chat_format or default.name, args.instruction or default.instruction)
+    chat_format = chosen_format(args, ChatFormat())
     return Source(preset.with_vocab(tokenizer.vocab_size), tokenizer, chat_format, None, checkpoint.SAMPLING)
+
+
+def chosen_format(args: TrainArguments, default: ChatFormat) -> ChatFormat:
+    """The default format, with what the flags say instead."""
+    name = args.chat_format or default.name
+    return ChatFormat(name, default.instruction if args.instruction is None else args.instruction)
 
 
 def training_texts(args: TrainArguments) -> Iterable[str]:
     """What a tokenizer is trained on: every message of the first 50,000 records of each file, bad ones passed over."""
     for file in args.data_path:
-        records = read_records(file, instruction=args.instruction, answer=args.answer, on_bad=lambda bad, raw: None)
+        records = read_records(
+            file, instruction=args.instruction or "", answer=args.answer, on_bad=lambda bad, raw: None
+        )
         for _, record in zip(range(50_000), records, strict=False):
             yield from (m.content for m in record.dialogue.messages)
 

@@ -37,7 +37,9 @@ class TrainArguments:
     overwrite_output_dir: bool = flag(False, "train anew over a finished model or checkpoints in output_dir")
     tokenizer_path: str = flag("", "SentencePiece model for a preset; without one it is trained on the data")
     chat_format: str = flag("", "prompt format (the checkpoint's; else alpaca)", choices=FORMATS)
-    instruction: str = flag("", f"instruction of records that have none (the checkpoint's; else: {DOCTOR_INSTRUCTION})")
+    instruction: str | None = flag(
+        None, f"instruction of records that have none (the checkpoint's; else: {DOCTOR_INSTRUCTION})"
+    )
     answer: str = flag(
         "answer_icliniq",
         "which answer of an iCliniq record to learn",
@@ -180,7 +182,7 @@ def parse(argv: list[str], builtin: dict[str, Any]) -> TrainArguments:
         elif "nargs" in f.metadata:
             options |= {"type": float if f.name == "data_weights" else str, "nargs": "+"}
         else:
-            options["type"] = type(f.default)
+            options["type"] = str if f.default is None else type(f.default)
         if "choices" in f.metadata:
             options["choices"] = f.metadata["choices"]
         parser.add_argument(*names, **options)
