@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -27,6 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from report import RESULTS, write
 
 from llama.chat import ChatFormat
 from llama.checkpoint import load_model, model_files, save_model
@@ -176,32 +176,9 @@ CASES = (
 )
 
 
-def device() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    except OSError:
-        names = []
-    return f"{os.cpu_count()} x {names[0] if names else platform.machine()}"
-
-
-def versions() -> dict[str, str]:
-    import safetensors
-    import transformers
-
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    return {
-        "commit": commit,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "safetensors": safetensors.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "bench/results/checkpoint_cpu.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "checkpoint_cpu.json")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--directory", type=Path, default=Path("/tmp/bench_checkpoint"), help="needs 8 GB of free disk")
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
@@ -229,17 +206,7 @@ def main() -> None:
         }
         print(f"{case:30} {json.dumps(results[case])}", file=sys.stderr)
     shutil.rmtree(args.directory)
-    report = {
-        "command": " ".join(["python", "bench/bench_checkpoint.py", *sys.argv[1:]]),
-        "device": device(),
-        "load_average": [round(x, 1) for x in os.getloadavg()],
-        "threads": torch.get_num_threads(),
-        **versions(),
-        "results": results,
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report, indent=1))
+    write(args.out, results, repeats=args.repeats)
 
 
 if __name__ == "__main__":

@@ -46,11 +46,14 @@ class Attention(nn.Module):
         self.v = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=False)
         self.o = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=False)
 
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.q(x), self.k(x), self.v(x)
+
     def forward(
         self, x: Tensor, rotation: tuple[Tensor, Tensor], documents: kernels.Documents | None, memory: Memory | None
     ) -> Tensor:
         B, T, _ = x.shape
-        q, k, v = (proj(x).view(B, T, -1, self.head_dim) for proj in (self.q, self.k, self.v))
+        q, k, v = (y.view(B, T, -1, self.head_dim) for y in self.project(x))
         q, k = kernels.rope(q, k, *rotation)
         if memory is not None:
             k, v = memory(k, v)
@@ -66,8 +69,11 @@ class MLP(nn.Module):
         self.up = nn.Linear(c.dim, c.ffn_dim, bias=False)
         self.down = nn.Linear(c.ffn_dim, c.dim, bias=False)
 
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.gate(x), self.up(x)
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(kernels.swiglu(self.gate(x), self.up(x)))
+        return self.down(kernels.swiglu(*self.project(x)))
 
 
 class Block(nn.Module):
