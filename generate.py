@@ -12,27 +12,22 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from llama.chat import Dialogue, Message, render
-from terminal.screen import Screen
+from llama.command_line import LATEST, Parser
+from llama.screen import Screen
 
 if TYPE_CHECKING:  # torch takes seconds to import: --help and wrong flags must not wait for it
-    from llama.generation import Doctor, Request
+    from llama.generation import Answer, Doctor, Request
     from llama.sampling import SamplingParams
 
-LATEST = Path("out/latest")  # train.py writes the path of the model it finished last into this file
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The flags; dashes in their names count as underscores."""
-    p = _Parser(prog="generate.py", description=__doc__, allow_abbrev=False)
+    """The flags."""
+    p = Parser("generate.py", __doc__)
     add = p.add_argument
     add("--checkpoint", metavar="DIR", help=f"model directory; default: the one named in {LATEST}")
     add("--prompt", metavar="TEXT", help="answer this one question; - reads it from stdin")
@@ -52,7 +47,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1, ...")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: as the weights are stored")
     add("--verbose", action="store_true", help="say on stderr what was loaded and which kernels run")
-    argv = [_underscored(a) for a in argv]
     args = p.parse_args(argv)
     if args.prompt is not None and args.input is not None:
         p.error("--prompt and --input exclude each other")
@@ -63,13 +57,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if args.batch_size < 1:
         p.error(f"--batch_size is {args.batch_size}; it must be 1 or more")
     return args
-
-
-def _underscored(argument: str) -> str:
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument.partition("=")
-    return "--" + name[2:].replace("-", "_") + equals + value
 
 
 # --- what answers ---------------------------------------------------------------------------------
@@ -117,18 +104,18 @@ def _latest() -> Path:
 
 def _settings(args: argparse.Namespace, stored: dict[str, Any], path: Path) -> tuple[SamplingParams, int]:
     """Sampling settings and length: flags first, then the checkpoint's generation_config.json, then ChatDoctor's."""
-    from llama.checkpoint import CHATDOCTOR_SAMPLING
+    from llama.checkpoint import SAMPLING
     from llama.sampling import SamplingParams
 
-    stored = {k: stored[k] for k in (*SAMPLING, "do_sample") if stored.get(k) is not None}
+    stored = {k: stored[k] for k in (*SETTINGS, "do_sample") if stored.get(k) is not None}
     if stored.pop("do_sample", True) is False:
         stored["temperature"] = 0.0
     try:
         SamplingParams(**{k: v for k, v in stored.items() if k != "max_new_tokens"})
     except ValueError as e:
         raise ValueError(f"{path}/generation_config.json: {e}") from None
-    flags = {k: getattr(args, k) for k in SAMPLING if getattr(args, k) is not None}
-    defaults = {k: CHATDOCTOR_SAMPLING[k] for k in SAMPLING if k in CHATDOCTOR_SAMPLING}
+    flags = {k: getattr(args, k) for k in SETTINGS if getattr(args, k) is not None}
+    defaults = {k: v for k, v in SAMPLING.items() if k in SETTINGS}
     values = {**defaults, **stored, **flags}
     max_new_tokens = values.pop("max_new_tokens")
     return SamplingParams(**values, seed=args.seed), max_new_tokens
@@ -140,9 +127,9 @@ def _device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise ValueError(f"--device {name}: {str(e).splitlines()[0]}") from None
+        raise ValueError(f"--device {name} is not to be had here ({str(e).splitlines()[0]}); try cpu") from None
     return name
 
 
@@ -160,11 +147,27 @@ def answer_one(doctor: Doctor, args: argparse.Namespace) -> None:
         for piece in answer.stream(doctor.model):
             if not args.json:
                 screen.write(piece)
-    finally:  # also after Ctrl-C
-        if args.json:
-            print(json.dumps(answer.to_json(), ensure_ascii=False), flush=True)
-        else:
-            screen.end()
+    except KeyboardInterrupt:
+        _end(answer, screen, args.json)
+        raise
+    _end(answer, screen, args.json)
+
+
+def _end(answer: Answer, screen: Screen, as_json: bool) -> None:
+    if as_json:
+        print(_line(answer.to_json()), flush=True)
+    else:
+        screen.end()
+
+
+def _line(value: Any) -> str:
+    """One line of JSON in UTF-8; escaped where the text is not valid Unicode and could not be written otherwise."""
+    line = json.dumps(value, ensure_ascii=False)
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        line = json.dumps(value)
+    return line
 
 
 def _read_stdin() -> str:
@@ -189,6 +192,8 @@ def answer_file(doctor: Doctor, args: argparse.Namespace) -> int:
     from llama.generation import answer_batch
 
     source, target = Path(args.input), Path(args.output)
+    if target.exists() and source.exists() and target.samefile(source):
+        raise ValueError(f"--input and --output are both {target}")
     records = list(_read_records(source))
     answered = _resume(target, {line: record for line, record, _ in records})
     todo = [r for r in records if r[0] not in answered]
@@ -213,7 +218,7 @@ def answer_file(doctor: Doctor, args: argparse.Namespace) -> int:
             for (line, record, _), answer in zip(rows, answers, strict=True):
                 results.append({"line": line, "record": record, **answer.to_json()})
             for result in sorted(results, key=lambda r: r["line"]):
-                out.write(json.dumps(result, ensure_ascii=False) + "\n")
+                out.write(_line(result) + "\n")
             out.flush()
             bar.update(len(results))
     done = len(records) - rejected
@@ -272,6 +277,9 @@ def _checked(doctor: Doctor, ids: list[int]) -> list[int]:
     return ids
 
 
+_HEAD = b'{"line": '  # how every line of --output begins
+
+
 def _resume(path: Path, records: dict[int, Any]) -> set[int]:
     """Lines answered by an earlier run; the file is left with those alone. ValueError if it is not such a run's."""
     if not path.exists():
@@ -287,9 +295,10 @@ def _resume(path: Path, records: dict[int, Any]) -> set[int]:
             continue
         try:
             answer = json.loads(line)
-            same = answer["line"] in records and answer["record"] == records[answer["line"]]
+            # A rejected line may have been put right since.
+            same = "error" in answer or answer["record"] == records[answer["line"]]
         except (ValueError, KeyError, TypeError):
-            if i == len(lines) - 1:
+            if i == len(lines) - 1 and line[: len(_HEAD)] == _HEAD[: len(line)]:
                 continue  # torn by a kill in the middle of a write
             same = False
         if not same:
@@ -313,7 +322,7 @@ def run(argv: list[str]) -> int:
     elif args.input is not None:
         return 2 if answer_file(doctor, args) else 0
     else:
-        from terminal.chat import Chat
+        from llama.terminal import Chat
 
         Chat(doctor).run()
     return 0

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -24,18 +23,37 @@ from tqdm import tqdm
 
 import kernels
 from data import loader, synthesize
-from data.records import RejectedFile, read_records
+from data.metrics import retrieval_ceiling, share_named_right
+from data.records import BadRecord, RejectedFile, read_records
 from llama import checkpoint, parallel, training_state
 from llama.arguments import TrainArguments, parse
-from llama.chat import ChatFormat
+from llama.chat import ChatFormat, Dialogue, Message, render
+from llama.command_line import LATEST
 from llama.config import PRESETS, LlamaConfig
+from llama.generation import Request, answer_batch
 from llama.model import Llama
-from llama.parallel import World
+from llama.parallel import Stop, World
 from llama.runlog import RunLog, draw_loss
+from llama.sampling import SamplingParams
+from llama.schedule import learning_rate
 from llama.tokenizer import Tokenizer, train_tokenizer
 
-LATEST = Path("out/latest")  # names the finished model that generate.py opens by default
 TOKEN_CACHE = ".cache/tokens"
+
+# `python train.py`: the tiny model on the built-in sample. What the numbers were chosen by is in docs/log.md.
+BUILTIN: dict[str, Any] = {
+    "chat_format": synthesize.RECIPE.chat_format,
+    "instruction": synthesize.RECIPE.instruction,
+    "model_max_length": synthesize.RECIPE.max_len,
+    "max_steps": 1700,
+    "per_device_train_batch_size": 16,
+    "learning_rate": 4e-3,
+    "warmup_steps": 40,
+    "adam_beta2": 0.98,
+    "weight_decay": 0.05,
+    "save_steps": 200,
+    "save_total_limit": 1,
+}
 
 # Dense bf16 rates of the data sheets in FLOP/s, for the logged share of them that a run reaches (mfu).
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
@@ -89,8 +107,7 @@ def open_source(args: TrainArguments, texts: Callable[[], Iterable[str]]) -> Sou
     """
     name = args.model_name_or_path
     if Path(name).is_dir():
-        stored = checkpoint.load_chat_format(name)
-        chat_format = ChatFormat(args.chat_format or stored.name, args.instruction or stored.instruction)
+        chat_format = chosen_format(args, checkpoint.load_chat_format(name))
         generation = checkpoint.load_generation(name) or checkpoint.SAMPLING
         return Source(
             checkpoint.load_config(name), checkpoint.load_tokenizer(name), chat_format, Path(name), generation
@@ -100,21 +117,29 @@ def open_source(args: TrainArguments, texts: Callable[[], Iterable[str]]) -> Sou
             f"--model_name_or_path {name!r} is neither a directory nor a preset ({', '.join(PRESETS)}); "
             "Meta's consolidated.*.pth files are imported by convert_weights.py first"
         )
-    preset, default = PRESETS[name], ChatFormat()
+    preset = PRESETS[name]
     if args.tokenizer_path:
         tokenizer = Tokenizer.load(args.tokenizer_path)
     elif preset.vocab_size <= 8192:
         tokenizer = train_tokenizer(texts(), preset.vocab_size)
     else:
         raise ValueError(f"preset {name} has {preset.vocab_size:,} tokens: give --tokenizer_path tokenizer.model")
-    chat_format = ChatFormat(args.chat_format or default.name, args.instruction or default.instruction)
+    chat_format = chosen_format(args, ChatFormat())
     return Source(preset.with_vocab(tokenizer.vocab_size), tokenizer, chat_format, None, checkpoint.SAMPLING)
+
+
+def chosen_format(args: TrainArguments, default: ChatFormat) -> ChatFormat:
+    """The default format, with what the flags say instead."""
+    name = args.chat_format or default.name
+    return ChatFormat(name, default.instruction if args.instruction is None else args.instruction)
 
 
 def training_texts(args: TrainArguments) -> Iterable[str]:
     """What a tokenizer is trained on: every message of the first 50,000 records of each file, bad ones passed over."""
     for file in args.data_path:
-        records = read_records(file, instruction=args.instruction, answer=args.answer, on_bad=lambda bad, raw: None)
+        records = read_records(
+            file, instruction=args.instruction or "", answer=args.answer, on_bad=lambda bad, raw: None
+        )
         for _, record in zip(range(50_000), records, strict=False):
             yield from (m.content for m in record.dialogue.messages)
 
@@ -184,8 +209,9 @@ def open_data(
         choices = {"weights": args.data_weights or None, "eval_fraction": args.eval_fraction, "answer": args.answer}
         if not args.skip_bad_records:
             return loader.build(args.data_path, **choices, **common)
-        name = "rejected.jsonl" if world.rank == 0 else f".rejected.{world.rank}.jsonl"
-        with RejectedFile(Path(args.output_dir) / name) as rejected:
+        if world.rank != 0:  # rank 0 has written them down
+            return loader.build(args.data_path, on_bad=lambda bad, raw: None, **choices, **common)
+        with RejectedFile(Path(args.output_dir) / "rejected.jsonl") as rejected:
             return loader.build(args.data_path, on_bad=rejected, **choices, **common)
 
     return parallel.first_alone(world, build)
@@ -209,23 +235,6 @@ def open_batches(args: TrainArguments, train: loader.Dataset, held: loader.Datas
 
 
 # --- one step -------------------------------------------------------------------------------------
-
-
-def learning_rate(args: TrainArguments, step: int, total: int) -> float:
-    """Rate of update `step`, 1 .. total: linear warm-up, then cosine or linear to 0 at `total`, or constant.
-
-    The warm-up takes ceil(warmup_ratio * total) steps, as transformers' does.
-    """
-    kind = args.lr_scheduler_type
-    warmup = 0 if kind == "constant" else args.warmup_steps or math.ceil(args.warmup_ratio * total)
-    if step < warmup:
-        return args.learning_rate * step / warmup
-    if kind.startswith("constant"):
-        return args.learning_rate
-    progress = (step - warmup) / max(1, total - warmup)
-    if kind == "linear":
-        return args.learning_rate * max(0.0, 1.0 - progress)
-    return args.learning_rate * max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
 
 
 @dataclass(frozen=True)
@@ -384,25 +393,6 @@ def save_finished(run: Run) -> None:
 # --- the loop -------------------------------------------------------------------------------------
 
 
-class Stop:
-    """Notes SIGINT and SIGTERM, so that the loop can save before it ends; a second one ends the process at once."""
-
-    def __init__(self) -> None:
-        self.signal = 0
-
-    def __enter__(self) -> Stop:
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)
-
-
 def due(strategy: str, every: int, run: Run, step: int) -> bool:
     """Whether what has this strategy happens after so many steps."""
     if strategy == "epoch":
@@ -471,6 +461,45 @@ def check_output_dir(args: TrainArguments, path: Path) -> None:
         )
 
 
+def examine(run: Run, sample: synthesize.Sample) -> None:
+    """Ask the finished model the held-out questions: three answers beside the reference, and how many are right."""
+    model = run.model.eval()
+    lines = []
+    for title, examples in (
+        ("unseen phrasing and symptoms", sample.held_out_examples),
+        ("unseen wording of every symptom too", sample.unseen_wordings),
+    ):
+        answers = answer_all(run, [e.question for e in examples])
+        named = share_named_right(sample.table, examples, answers)
+        by_symptoms, by_words = retrieval_ceiling(sample.table, examples)
+        lines.append(
+            f"{title}: {named:.1%} of {len(examples)} answers name the right condition "
+            f"(ranking the table by its true symptoms: {by_symptoms:.1%}, by the question's words: {by_words:.1%})"
+        )
+        if examples is sample.held_out_examples:
+            for e, text in list(zip(examples, answers, strict=True))[:3]:
+                say(run.world, f"\nPatient:   {e.question}\nModel:     {text}\nReference: {e.answer}")
+    say(run.world, "\n" + "\n".join(lines))
+    model.train()
+
+
+def answer_all(run: Run, questions: list[str]) -> list[str]:
+    """Greedy answers, questions of like length side by side."""
+    chat_format, tokenizer = run.source.chat_format, run.source.tokenizer
+    greedy = SamplingParams(temperature=0.0, repetition_penalty=1.0)
+    prompts = [
+        render(Dialogue((*chat_format.opening(), Message("user", q))), chat_format, tokenizer)[0] for q in questions
+    ]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    answers = [""] * len(prompts)
+    for at in range(0, len(order), 64):
+        rows = order[at : at + 64]
+        batch = answer_batch(run.model, tokenizer, [Request(prompts[i], greedy, 80) for i in rows])
+        for i, answer in zip(rows, batch, strict=True):
+            answers[i] = answer.text
+    return answers
+
+
 def execute(args: TrainArguments, world: World) -> int:
     """The run that the flags describe; its exit status."""
     output_dir = Path(args.output_dir)
@@ -499,19 +528,22 @@ def execute(args: TrainArguments, world: World) -> int:
         if not train(run, stop):
             return 128 + (stop.signal or signal.SIGTERM)  # a rank that was not told follows the one that was
     save_finished(run)
+    if sample is not None and world.mesh is None:
+        examine(run, sample)
     say(world, f"saved {output_dir}; talk to it: python generate.py --checkpoint {output_dir}")
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    args, rank = None, int(os.environ.get("RANK", 0))
+    rank = int(os.environ.get("RANK", 0))
     try:
-        args = parse(sys.argv[1:] if argv is None else argv, synthesize.TRAINING)
+        args = parse(sys.argv[1:] if argv is None else argv, BUILTIN)
         world = parallel.init(args.device, sharded=args.bf16)
         return execute(args, world)
     except ValueError as e:
+        remedy = " (--skip_bad_records sets such records aside and goes on)" if isinstance(e, BadRecord) else ""
         if rank == 0 or isinstance(e, BadBatch):
-            print(f"error: {e}", file=sys.stderr)
+            print(f"error: {e}{remedy}", file=sys.stderr)
         return 2
     finally:
         parallel.shutdown()

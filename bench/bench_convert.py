@@ -10,7 +10,6 @@ Needs about three times the checkpoint in free disk space.
 
 from __future__ import annotations
 
-# ruff: noqa: E402  the repository root must be on the path before anything of ours is imported
 import argparse
 import json
 import os

@@ -9,12 +9,9 @@ make any figure meaningless.
 
 from __future__ import annotations
 
-# ruff: noqa: E402  the repository root must be on the path before anything of ours is imported
 import argparse
 import gc
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -27,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch
+from report import RESULTS, write
 
 from llama import layout
 from llama.config import PRESETS, LlamaConfig, to_hf
@@ -126,16 +124,8 @@ def bench_startup(passes: int) -> dict[str, Any]:
         path = Path(folder) / "tiny"
         stored = ((e.name, tensors[e.name]) for e in layout.entries(config))
         checkpoint.save_model(path, stored, config, tokenizer, ChatFormat("dialogue", ""))
-        ask = [
-            str(ROOT / "generate.py"),
-            "--checkpoint",
-            str(path),
-            "--prompt",
-            "I have a fever.",
-            "--temperature",
-            "0",
-        ]
-        ask += ["--max_new_tokens", "60"]
+        ask = [str(ROOT / "generate.py"), "--checkpoint", str(path), "--prompt", "I have a fever."]
+        ask += ["--temperature", "0", "--max_new_tokens", "60"]
         bare, whole = [], []
         for _ in range(passes):
             bare.append(seconds([sys.executable, "-c", "import torch"]))
@@ -153,24 +143,13 @@ def seconds(command: list[str]) -> float:
     return time.perf_counter() - start
 
 
-def git_commit() -> str:
-    return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
-
-
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
-
-
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--shapes", nargs="*", default=["15m", "110m"], choices=sorted(PRESETS))
     p.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
     p.add_argument("--passes", type=int, default=5)
     p.add_argument("--threads", type=int, default=2)
-    p.add_argument("--output", type=Path, default=ROOT / "bench/results/decode_cpu.json")
+    p.add_argument("--output", type=Path, default=RESULTS / "decode_cpu.json")
     args = p.parse_args()
     torch.set_num_threads(args.threads)
     import transformers
@@ -182,23 +161,9 @@ def main() -> None:
             results.append(bench_shape(shape, dtype, args.passes, 64, 128))
             print(json.dumps(results[-1]), flush=True)
             gc.collect()
-    report = {
-        "command": "python " + " ".join([str(Path(__file__).relative_to(ROOT)), *sys.argv[1:]]),
-        "commit": git_commit(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "cpu": cpu_name(),
-        "threads": args.threads,
-        "load_average": round(os.getloadavg()[0], 1),
-        "prompt_tokens": 64,
-        "new_tokens": 128,
-        "results": results,
-        "startup": bench_startup(args.passes),
-    }
-    print(json.dumps(report["startup"]))
-    args.output.parent.mkdir(exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=1) + "\n")
+    startup = bench_startup(args.passes)
+    print(json.dumps(startup))
+    write(args.output, results, prompt_tokens=64, new_tokens=128, passes=args.passes, startup=startup)
 
 
 if __name__ == "__main__":

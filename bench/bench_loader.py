@@ -12,16 +12,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from report import RESULTS, write
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data" / "chatdoctor"
@@ -66,8 +66,13 @@ def write_array(path: Path, records: Iterator[dict[str, str]], size: int | None 
     return n
 
 
+def status(field: str) -> int:
+    """A field of /proc/self/status in MiB."""
+    return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) >> 10
+
+
 def peak_mib() -> int:
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) >> 10
+    return status("VmHWM")
 
 
 def child(kind: str, *args: str) -> dict[str, Any]:
@@ -128,7 +133,8 @@ def child_load(data: str, cache: str, model: str, workers: str) -> dict[str, Any
         "pack_whole_epoch_2048_s": round(t5 - t4, 2),
         "epoch_fill_2048": round(loader.fill(), 4),
         "peak_mib_first_batch": after_build,
-        "peak_mib_after_200_steps": peak_mib(),
+        "peak_mib_after_200_steps": peak_mib(),  # grows by the pages of the mapped cache, which the system may drop
+        "own_mib_after_200_steps": status("RssAnon"),
     }
 
 
@@ -176,13 +182,6 @@ def fills(model: str) -> dict[str, Any]:
     return table
 
 
-def commit() -> str:
-    git = ["git", "-C", str(ROOT)]
-    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout.strip()
-    return head + ("+changes" if dirty else "")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=int, default=200_000)
@@ -194,18 +193,7 @@ def main() -> None:
         kind, *rest = args.child
         print(json.dumps({"load": child_load, "read": child_read, "refuse": child_refuse}[kind](*rest)))
         return
-    result: dict[str, Any] = {
-        "question": "How fast, how lean and how full is the loader?",
-        "command": " ".join(["python", "bench/bench_loader.py", *sys.argv[1:]]),
-        "commit": commit(),
-        "load_average_at_start": os.getloadavg()[0],  # other work on the machine lengthens every time below
-        "date": time.strftime("%Y-%m-%d"),
-        "device": f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores",
-        "versions": {
-            "python": platform.python_version(),
-            **{p: version(p) for p in ("torch", "numpy", "sentencepiece")},
-        },
-    }
+    result: dict[str, Any] = {"load_average_at_start": os.getloadavg()[0]}  # other work lengthens every time below
     with tempfile.TemporaryDirectory() as folder:
         tmp = Path(folder)
         model = tmp / "tokenizer.model"
@@ -226,10 +214,8 @@ def main() -> None:
             f.write(b'[{"input": "' + b"a" * (32 << 20))
             f.truncate(1 << 30)
         result["one_string_of_1_gib"] = child("refuse", str(data))
-    out = ROOT / "bench" / "results" / "loader_cpu.json"
-    out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
+    write(RESULTS / "loader_cpu.json", result)
 
 
 if __name__ == "__main__":

@@ -285,7 +285,8 @@ def _open(place: Path, name: str, key: str) -> TokenFile | None:
     rows = np.load(place / "rows.npy", allow_pickle=False)
     dtype = np.dtype(json.loads((place / "meta.json").read_bytes())["dtype"])
     file = place / "tokens.bin"
-    tokens = np.memmap(file, dtype, mode="r") if file.stat().st_size else np.zeros(0, dtype)
+    # As a plain array over the mapping: slicing a memmap object costs four times as much.
+    tokens = np.memmap(file, dtype, mode="r").view(np.ndarray) if file.stat().st_size else np.zeros(0, dtype)
     with (place / "rejected.jsonl").open("rb") as f:
         return TokenFile(name, key, tokens, rows, _count_lines(f))
 

@@ -24,14 +24,18 @@ class Dataset:
     def __init__(self, files: Sequence[TokenFile], chosen: Sequence[Ints], weights: Sequence[float]) -> None:
         """chosen: the row numbers taken of each file; weights: how often each of its documents comes per epoch."""
         self.files, self.weights = list(files), list(weights)
-        self._rows = [f.rows[c] for f, c in zip(files, chosen, strict=True)]
-        self._first = np.cumsum([0, *(r.size for r in self._rows)])
-        none = np.zeros(0, np.int64)
-        self.lengths: Ints = np.concatenate([none, *(r["length"].astype(np.int64) for r in self._rows)])
-        self.supervised: Ints = np.concatenate([none, *(r["supervised"].astype(np.int64) for r in self._rows)])
+        rows = [f.rows[c] for f, c in zip(files, chosen, strict=True)]
+        self._first = np.cumsum([0, *(r.size for r in rows)])
+        self._file = np.repeat(np.arange(len(rows)), [r.size for r in rows])
+
+        def column(name: str) -> Ints:
+            return np.concatenate([np.zeros(0, np.int64), *(r[name].astype(np.int64) for r in rows)])
+
+        self.lengths, self.supervised = column("length"), column("supervised")
+        self._at, self._index = column("at"), column("index")
         h = hashlib.sha256(json.dumps([[f.key for f in files], self.weights]).encode())
-        for r in self._rows:
-            h.update(np.ascontiguousarray(r["index"]).data)
+        h.update(self._first.astype("<i8").data)
+        h.update(self._index.astype("<i8").data)
         self.identity = h.hexdigest()
 
     def __len__(self) -> int:
@@ -43,19 +47,14 @@ class Dataset:
 
     def document(self, i: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         """Ids (int64) of a document and, for each, whether it carries loss."""
-        file, row = self._locate(i)
-        stored = file.tokens[row["at"] : row["at"] + row["length"]]
+        at = self._at[i]
+        stored = self.files[self._file[i]].tokens[at : at + self.lengths[i]]
         bit = supervised_bit(stored.dtype)
-        return (stored & stored.dtype.type(bit - 1)).astype(np.int64), np.asarray(stored >= bit)
+        return (stored & stored.dtype.type(bit - 1)).astype(np.int64), stored >= bit
 
     def record(self, i: int) -> tuple[str, int]:
         """File and record number of a document."""
-        file, row = self._locate(i)
-        return file.name, int(row["index"])
-
-    def _locate(self, i: int) -> tuple[TokenFile, Any]:
-        f = int(np.searchsorted(self._first, i, side="right")) - 1
-        return self.files[f], self._rows[f][i - self._first[f]]
+        return self.files[self._file[i]].name, int(self._index[i])
 
 
 def split(files: Sequence[TokenFile], eval_fraction: float) -> tuple[list[Ints], list[Ints]]:
@@ -161,10 +160,11 @@ def make_report(files: Sequence[TokenFile], train: Dataset, held: Dataset, max_l
     )
 
 
-def _histogram(lengths: Ints, bars: int = 10) -> list[tuple[int, int, int]]:
+def _histogram(lengths: Ints, bars: int = 12) -> list[tuple[int, int, int]]:
     if not lengths.size:
         return []
-    width = -(-(int(lengths.max()) + 1) // bars)
+    most = int(lengths.max()) + 1
+    width = next(w for e in range(10) for w in (10**e, 2 * 10**e, 5 * 10**e) if w * bars >= most)
     counts = np.bincount(lengths // width, minlength=1)
     return [(i * width, (i + 1) * width - 1, int(n)) for i, n in enumerate(counts)]
 

@@ -7,7 +7,7 @@ state is kept, a run resumes by asking for the next step. The only file under da
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from data.records import ANSWERS, OnBad, Record, content_key
 from llama.chat import IGNORE, ChatFormat, Dialogue
 from llama.tokenizer import Tokenizer
 
-__all__ = ["Batch", "Dataset", "InMemory", "Loader", "Report", "Step", "build", "build_in_turn", "preview"]
+__all__ = ["Batch", "Dataset", "InMemory", "Loader", "Report", "Step", "build", "preview"]
 
 Packing = Literal["none", "step", "epoch"]
 PACKINGS: tuple[Packing, ...] = ("none", "step", "epoch")
@@ -83,22 +83,6 @@ def build(
     if not sum(w * c.size for w, c in zip(weights, chosen, strict=True)):
         raise ValueError(f"no record is left to train on\n{report.text()}")
     return train, evaluation, report
-
-
-def build_in_turn(
-    first: bool, barrier: Callable[[], None], *args: Any, **kwargs: Any
-) -> tuple[Dataset, Dataset, Report]:
-    """build() on several ranks: the first (of each machine) fills the cache, the others wait and read it.
-
-    Only the first shows progress and tells on_bad. Without a cache_dir every rank does all the work.
-    """
-    if first:
-        built = build(*args, **kwargs)
-    barrier()
-    if not first:
-        on_bad = None if kwargs.get("on_bad") is None else lambda bad, raw: None
-        built = build(*args, **{**kwargs, "progress": False, "on_bad": on_bad})
-    return built
 
 
 def _check(

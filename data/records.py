@@ -115,7 +115,7 @@ def read_records(
 def _refuse(path: Path, item: Item, fault: tuple[str, str], on_bad: OnBad | None, good: int) -> None:
     field, reason = fault
     if item.fatal:
-        reason += f"; no next record is found after it, {good:,} usable records were read before"
+        reason += f"; no record is found after this, {good:,} usable ones were read before"
     bad = BadRecord(path, item.index, field, reason, f"line {item.line:,}, byte {item.byte:,}")
     if on_bad is not None:
         on_bad(bad, item.raw.encode("utf-8", "surrogateescape"))

@@ -34,7 +34,7 @@ class Item:
 
     index counts records from 1; line (from 1) and byte (from 0) say where it starts. raw is its text, with bytes
     that are not UTF-8 as lone surrogates (Python's "surrogateescape"). fault is (field, reason); after a fatal one
-    nothing more can be read.
+    nothing more can be read, though more is there.
     """
 
     index: int
@@ -250,21 +250,22 @@ def _array(file: BinaryIO, on_bytes: Callable[[int], None]) -> Iterator[Item]:
             fault = ("", "the file ends without the closing bracket of the array (truncated?)")
         if c == "]":
             w.at += 1
-            if not fault and w.peek():
+            if w.peek():
                 fault = ("", "text after the closing bracket of the array")
         if c in ("", "]"):
             if fault:
-                yield Item(index + 1, *w.where(w.at), None, "", fault)
+                rest = w.text[w.at : w.at + KEPT] if c else ""
+                yield Item(index + 1, *w.where(w.at), None, rest, fault, fatal=bool(rest))
             return
         index += 1
-        item = _decode_element(w, decoder, index)
+        item, passed = _decode_element(w, decoder, index)
         item.fault = item.fault or fault
         if len(keys) < MAX_KEYS and (first := _FIRST_KEY.match(item.raw)):
             keys.add(first[1])
         if item.fault and item.fault[1] == _TOO_LONG:
             yield item
             _skip(w)
-        elif item.fault and item.value is None:
+        elif not passed:
             end = _find_end(w, keys)
             if end is None:
                 item.raw, item.fatal = w.text[w.at :], not w.ended or len(w.text) - w.at >= MAX_RECORD
@@ -276,27 +277,27 @@ def _array(file: BinaryIO, on_bytes: Callable[[int], None]) -> Iterator[Item]:
             yield item
 
 
-def _decode_element(w: _Window, decoder: _Decoder, index: int) -> Item:
-    """The record at w.at. w moves past it, except after a syntax error, nesting too deep or a length over the limit."""
+def _decode_element(w: _Window, decoder: _Decoder, index: int) -> tuple[Item, bool]:
+    """The record at w.at, and whether w is past it: not after a syntax error, too deep nesting, too great a length."""
     tried = 0
     while True:
         try:
             value, end = decoder.decode(w.text, w.at)
         except RecursionError:
-            return Item(index, *w.where(w.at), None, "", ("", _TOO_DEEP))
+            return Item(index, *w.where(w.at), None, "", ("", _TOO_DEEP)), False
         except json.JSONDecodeError as e:
             held = len(w.text) - w.at
             # An error at the very end, or a string without an end, may only mean that the rest is not read yet.
             unfinished = e.msg.startswith("Unterminated string") or e.pos >= len(w.text) - 12
             if unfinished and held >= MAX_RECORD:
-                return Item(index, *w.where(w.at), None, w.text[w.at : w.at + KEPT], ("", _TOO_LONG))
+                return Item(index, *w.where(w.at), None, w.text[w.at : w.at + KEPT], ("", _TOO_LONG)), False
             if unfinished and not w.ended:
                 w.more()
                 continue
             reason = _syntax(e, *w.where(e.pos))
             if e.pos >= len(w.text) or e.msg.startswith("Unterminated"):
                 reason += "; the file ends within this record (truncated, or a quote is missing?)"
-            return Item(index, *w.where(w.at), None, w.text[w.at : w.at + KEPT], ("", reason))
+            return Item(index, *w.where(w.at), None, w.text[w.at : w.at + KEPT], ("", reason)), False
         if end == len(w.text) and not w.ended and tried != end - w.at:
             tried = end - w.at  # a number at the border may go on
             w.more()
@@ -304,7 +305,7 @@ def _decode_element(w: _Window, decoder: _Decoder, index: int) -> Item:
         raw = w.text[w.at : end]
         item = Item(index, *w.where(w.at), value, raw, decoder.fault or _utf8_fault(raw))
         w.at = end
-        return item
+        return item, True
 
 
 def _scan(text: str, at: int, depth: int, in_string: bool) -> tuple[int, int, bool]:

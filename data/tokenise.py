@@ -1,15 +1,14 @@
 """Dialogues -> token ids with the loss mask in them, cut to length; in this process or in several.
 
-Called by cache.py. The other processes are started as `python -m data.tokenise`: they import neither torch nor the
+Called by cache.py. The other processes are plain children, not multiprocessing's: they import neither torch nor the
 script that is running, and talk in pickles over their own pipes. Results come back in order, and are the same
-whatever the number of processes.
+whatever the number of processes. (Threads do not help: SentencePiece 0.2 holds the interpreter lock.)
 """
 
 from __future__ import annotations
 
 import contextlib
 import pickle
-import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -113,9 +112,12 @@ class _Process:
     """A child that tokenises one batch at a time. It reads a whole batch before it answers: no deadlock."""
 
     def __init__(self, job: Job) -> None:
-        root = Path(__file__).resolve().parent.parent
-        command = [sys.executable, "-m", "data.tokenise"]
-        self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root)
+        root = str(Path(__file__).resolve().parent.parent)
+        code = f"import sys; sys.path.insert(0, {root!r}); from data.tokenise import serve; serve()"
+        # In a process group of its own: Ctrl-C is the parent's to handle, the child ends when its pipe does.
+        self._child = subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0
+        )
         self._stdin: BinaryIO = self._child.stdin  # type: ignore[assignment]
         self._stdout: BinaryIO = self._child.stdout  # type: ignore[assignment]
         self.send(job)
@@ -147,21 +149,11 @@ class _Process:
         self._child.wait()
 
 
-def _serve(source: BinaryIO, sink: BinaryIO) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it closes the pipe
-    work = pickle.load(source).start()
-    while True:
-        try:
-            batch = pickle.load(source)
-        except EOFError:
-            return
-        pickle.dump(work(batch), sink, protocol=pickle.HIGHEST_PROTOCOL)
-        sink.flush()
-
-
-if __name__ == "__main__":
-    # Under -m this module is __main__; the pickled Job belongs to data.tokenise, which is imported as itself.
-    from data.tokenise import _serve as serve
-
-    with contextlib.suppress(BrokenPipeError):
-        serve(sys.stdin.buffer, sys.stdout.buffer)
+def serve() -> None:
+    """What a child does: a Job from stdin, then batches of records until stdin ends, each answered on stdout."""
+    source, sink = sys.stdin.buffer, sys.stdout.buffer
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        work = pickle.load(source).start()
+        while True:
+            pickle.dump(work(pickle.load(source)), sink, protocol=pickle.HIGHEST_PROTOCOL)
+            sink.flush()

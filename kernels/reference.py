@@ -76,7 +76,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = Non
     tiles = []
     for i in range(0, T, TILE):
         top, bottom = S - T + i, S - T + min(i + TILE, T)  # these queries' positions
-        left = 0 if start is None else int(start[:, top:bottom].min())
+        # A compiled graph cannot depend on values: there every tile starts at 0, and the mask does the rest.
+        free = start is None or torch.compiler.is_compiling()
+        left = 0 if free else int(start[:, top:bottom].min())
         mask = _visible(start, top, bottom, left, q.device)
         tiles.append(
             F.scaled_dot_product_attention(

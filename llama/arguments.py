@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llama.chat import DOCTOR_INSTRUCTION, FORMATS
+from llama.command_line import Parser
 
 PACKINGS = ("none", "step", "epoch")
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
@@ -36,7 +37,9 @@ class TrainArguments:
     overwrite_output_dir: bool = flag(False, "train anew over a finished model or checkpoints in output_dir")
     tokenizer_path: str = flag("", "SentencePiece model for a preset; without one it is trained on the data")
     chat_format: str = flag("", "prompt format (the checkpoint's; else alpaca)", choices=FORMATS)
-    instruction: str = flag("", f"instruction of records that have none (the checkpoint's; else: {DOCTOR_INSTRUCTION})")
+    instruction: str | None = flag(
+        None, f"instruction of records that have none (the checkpoint's; else: {DOCTOR_INSTRUCTION})"
+    )
     answer: str = flag(
         "answer_icliniq",
         "which answer of an iCliniq record to learn",
@@ -163,23 +166,13 @@ def _boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r} is not True or False")
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line and exits with 2."""
-
-    def error(self, message: str) -> Any:
-        self.exit(2, f"error: {message} (--help lists the flags)\n")
-
-
 def parse(argv: list[str], builtin: dict[str, Any]) -> TrainArguments:
     """Flags of a command line. `builtin` holds the defaults of a run on the built-in sample (no --data_path).
 
-    Underscores or dashes in names. Exits with 2 and one line on a flag that cannot be used; ValueError for a value.
+    Exits with 2 and one line on a flag that cannot be used; ValueError for a value.
     """
-    argv = [_underscored(a) for a in argv]
-    parser = _Parser(
-        prog="train.py",
-        description="Fine-tune a LLaMA on dialogues. With no flags: train the tiny model on the built-in sample.",
-        allow_abbrev=False,
+    parser = Parser(
+        "train.py", "Fine-tune a LLaMA on dialogues. With no flags: train the tiny model on the built-in sample."
     )
     for f in dataclasses.fields(TrainArguments):
         names = [f"--{n}" for n in (f.name, *_ALIASES.get(f.name, ()))]
@@ -189,7 +182,7 @@ def parse(argv: list[str], builtin: dict[str, Any]) -> TrainArguments:
         elif "nargs" in f.metadata:
             options |= {"type": float if f.name == "data_weights" else str, "nargs": "+"}
         else:
-            options["type"] = type(f.default)
+            options["type"] = str if f.default is None else type(f.default)
         if "choices" in f.metadata:
             options["choices"] = f.metadata["choices"]
         parser.add_argument(*names, **options)
@@ -199,10 +192,3 @@ def parse(argv: list[str], builtin: dict[str, Any]) -> TrainArguments:
             given[name] = tuple(given[name])
     defaults = {} if "data_path" in given else builtin
     return TrainArguments(**{**defaults, **given})
-
-
-def _underscored(argument: str) -> str:
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument.partition("=")
-    return name[:2] + name[2:].replace("-", "_") + equals + value

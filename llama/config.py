@@ -107,7 +107,7 @@ def _llama3(dim: int, layers: int, heads: int, ffn: int, **kw: Any) -> LlamaConf
 PRESETS: dict[str, LlamaConfig] = {
     # The embedded default: small enough to train in minutes on two CPU cores. The vocabulary is that of the
     # tokenizer trained with it.
-    "tiny": LlamaConfig(192, 4, 6, 2, 512, 1024, max_seq_len=512, tie_embeddings=True),
+    "tiny": LlamaConfig(128, 3, 4, 4, 384, 2048, max_seq_len=512, tie_embeddings=True),
     # Sizes of karpathy's llama2.c models, for benches.
     "15m": LlamaConfig(288, 6, 6, 6, 768, 32000, max_seq_len=1024, tie_embeddings=True),
     "110m": LlamaConfig(768, 12, 12, 12, 2048, 32000, max_seq_len=1024, tie_embeddings=True),

@@ -46,11 +46,14 @@ class Attention(nn.Module):
         self.v = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=False)
         self.o = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=False)
 
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.q(x), self.k(x), self.v(x)
+
     def forward(
         self, x: Tensor, rotation: tuple[Tensor, Tensor], documents: kernels.Documents | None, memory: Memory | None
     ) -> Tensor:
         B, T, _ = x.shape
-        q, k, v = (proj(x).view(B, T, -1, self.head_dim) for proj in (self.q, self.k, self.v))
+        q, k, v = (y.view(B, T, -1, self.head_dim) for y in self.project(x))
         q, k = kernels.rope(q, k, *rotation)
         if memory is not None:
             k, v = memory(k, v)
@@ -66,8 +69,11 @@ class MLP(nn.Module):
         self.up = nn.Linear(c.dim, c.ffn_dim, bias=False)
         self.down = nn.Linear(c.ffn_dim, c.dim, bias=False)
 
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.gate(x), self.up(x)
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(kernels.swiglu(self.gate(x), self.up(x)))
+        return self.down(kernels.swiglu(*self.project(x)))
 
 
 class Block(nn.Module):
@@ -114,16 +120,17 @@ class Llama(nn.Module):
     def init_weights(self, seed: int, assign: Callable[[nn.Parameter, Tensor], object] | None = None) -> None:
         """Fill every parameter from its name and the seed, so that the values do not depend on how it is sharded.
 
-        Norms are 1; the rest normal(0, 0.02), the two projections back into the stream (o, down) divided by
+        Norms are 1; the rest normal(0, sqrt(2 / 5D)) (Nguyen and Salazar 2019, arXiv:1910.05895: 0.02 at D = 1000; a
+        fixed 0.02 starts a model of D = 128 late), the two projections back into the stream (o, down) divided by
         sqrt(2 L) as in GPT-2. assign(parameter, full fp32 tensor) stores a value; by default it is copied.
         """
+        inner = math.sqrt(2 / (5 * self.config.dim))
+        outer = inner / math.sqrt(2 * self.config.n_layers)
         for name, p in self.named_parameters():
             if name.endswith("norm.weight"):
                 value = torch.ones(p.shape)
             else:
-                std = (
-                    0.02 / math.sqrt(2 * self.config.n_layers) if name.endswith((".o.weight", ".down.weight")) else 0.02
-                )
+                std = outer if name.endswith((".o.weight", ".down.weight")) else inner
                 generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
                 value = torch.empty(p.shape).normal_(0.0, std, generator=generator)
             p.copy_(value) if assign is None else assign(p, value)

@@ -1,4 +1,4 @@
-"""One process or many: ranks, devices, and FSDP2 over a finished module. Knows torch.nn, not Llama.
+"""One process or many: ranks, devices, signals, and FSDP2 over a finished module. Knows torch.nn, not Llama.
 
 train.py calls init() first and shutdown() last. A single fp32 process has no process group and no sharding; every
 other run (torchrun, or bf16 on one device) goes through fully_shard, so bf16 compute over fp32 weights is one path.
@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from types import FrameType
 from typing import TypeVar
 
 import torch
@@ -148,3 +150,22 @@ def first_alone(world: World, action: Callable[[], Result]) -> Result:
     if failed:
         raise SystemExit(2)  # rank 0 says why
     return result if result is not None else action()
+
+
+class Stop:
+    """Notes SIGINT and SIGTERM, so that the loop can save before it ends; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+
+    def __enter__(self) -> Stop:
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)

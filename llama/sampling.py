@@ -166,7 +166,8 @@ class Sampler:
         """Column (B, 1) drawn from softmax(values) by inverting the cumulative distribution, one uniform per row."""
         cumulative = values.double().softmax(-1).cumsum(-1)
         total = cumulative[:, -1:]
-        u = torch.cat([torch.rand(1, 1, dtype=torch.float64, generator=g) for g in self._generators])
+        draws = [torch.rand(1, 1, dtype=torch.float64, generator=g) for g in self._generators]
+        u = torch.cat(draws).to(values.device)
         # Strictly below the total, so that the column found has a probability above 0 even if the product rounds up.
         x = torch.minimum(u.to(values.device) * total, torch.nextafter(total, torch.zeros_like(total)))
         return torch.searchsorted(cumulative, x, right=True)

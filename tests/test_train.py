@@ -25,6 +25,7 @@ from llama.chat import ChatFormat
 from llama.config import LlamaConfig
 from llama.model import Llama
 from llama.runlog import draw_loss, read_metrics
+from llama.schedule import learning_rate
 from llama.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,7 +104,7 @@ def test_learning_rates_equal_chatdoctors_log(shared: Path) -> None:
     args = TrainArguments(learning_rate=2e-5, warmup_ratio=0.03, lr_scheduler_type="cosine")
     assert len(rates) == 609
     for step, want in enumerate(rates, start=1):
-        assert abs(train.learning_rate(args, step, 609) - want) <= 1e-12
+        assert abs(learning_rate(args, step, 609) - want) <= 1e-12
 
 
 @pytest.mark.parametrize(
@@ -117,7 +118,7 @@ def test_learning_rates_equal_chatdoctors_log(shared: Path) -> None:
 )
 def test_schedules(kind: str, steps: tuple[int, ...], want: tuple[float, ...]) -> None:
     args = TrainArguments(learning_rate=1.0, warmup_steps=2, lr_scheduler_type=kind)
-    assert [train.learning_rate(args, s, 10) for s in steps] == pytest.approx(want)
+    assert [learning_rate(args, s, 10) for s in steps] == pytest.approx(want)
 
 
 def test_published_command_parses_word_for_word() -> None:

@@ -56,7 +56,7 @@ def test_a_second_run_reads_the_cache(path: Path, recipe: Recipe, count_makes: l
     first, second = make(path, recipe), make(path, recipe)
     assert len(count_makes) == 1
     assert same(first, second)
-    assert isinstance(second.tokens, np.memmap)
+    assert isinstance(second.tokens.base, np.memmap)
     assert same(first, make(path, recipe, cache_dir=None)), "in memory the same"
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from data.loader import Dataset, InMemory, Report, build, preview
 from data.records import Record
+from data.tokenise import BATCH
 from llama.chat import ChatFormat, Dialogue, Message, render
 from llama.tokenizer import Tokenizer
 
@@ -30,17 +31,18 @@ def make(tokenizer: Tokenizer, *sources: Any, **kw: Any) -> tuple[Dataset, Datas
 
 
 def test_documents_are_the_rendered_dialogues(small_tokenizer: Tokenizer, tmp_path: Path) -> None:
-    a = InMemory("a", [dialogue(i, i % 5 + 1) for i in range(30)])
+    n = 2 * BATCH + 30  # more than travel together
+    a = InMemory("a", [dialogue(i, i % 5 + 1) for i in range(n)])
     path = tmp_path / "b.json"
     path.write_text(json.dumps([{"instruction": f"fever {i}", "output": "for two days"} for i in range(20)]))
     train, held, _ = make(small_tokenizer, a, path)
-    assert (len(train), len(held)) == (50, 0)
-    assert [d.tolist() for d in train.by_file()] == [list(range(30)), list(range(30, 50))]
-    for i in range(30):
+    assert (len(train), len(held)) == (n + 20, 0)
+    assert [d.tolist() for d in train.by_file()] == [list(range(n)), list(range(n, n + 20))]
+    for i in range(n):
         ids, mask = train.document(i)
         assert (ids.tolist(), mask.tolist()) == render(dialogue(i, i % 5 + 1), ChatFormat("dialogue"), small_tokenizer)
         assert (train.lengths[i], train.supervised[i]) == (ids.size, mask.sum())
-    assert [train.record(i) for i in (0, 29, 30, 49)] == [("a", 1), ("a", 30), (str(path), 1), (str(path), 20)]
+    assert [train.record(i) for i in (0, n - 1, n, n + 19)] == [("a", 1), ("a", n), (str(path), 1), (str(path), 20)]
 
 
 def side_of(held: Dataset) -> set[tuple[str, int]]:

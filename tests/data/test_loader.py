@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.cache import TokenFile
-from data.loader import PACKINGS, Batch, Dataset, InMemory, Loader, Packing, build, build_in_turn
+from data.loader import PACKINGS, Batch, Dataset, InMemory, Loader, Packing, build
 from data.tokenise import ROW
 from llama.chat import IGNORE, ChatFormat, Dialogue, Message, targets_of
 from llama.tokenizer import Tokenizer
@@ -286,25 +287,23 @@ def test_lines_for_the_report() -> None:
     assert Loader(data, batch=8, max_len=256, packing="epoch").fill() > 0.97
 
 
-def test_ranks_build_in_turn(small_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first makes the cache before the barrier, the others find it after; all have the same data."""
-    from data import cache
-
-    made: list[str] = []
-    real = cache._make
-    monkeypatch.setattr(cache, "_make", lambda name, *a: (made.append(name), real(name, *a))[1])
+def test_processes_and_progress(
+    small_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """build() gives the same with two processes; the bar is on stderr, nothing on stdout."""
     path = tmp_path / "d.json"
-    path.write_text('[{"text": "rest"}, {"text": 3}, {"text": "fever"}]')
-    told: list[str] = []
-    kw: dict[str, Any] = {
-        "tokenizer": small_tokenizer, "chat_format": ChatFormat(), "max_len": 32, "workers": 1, "progress": False,
-        "cache_dir": tmp_path / "cache", "on_bad": lambda bad, raw: told.append(str(bad)),
-    }  # fmt: skip
-    first = build_in_turn(True, lambda: told.append("barrier"), [path], **kw)[0]
-    second = build_in_turn(False, lambda: told.append("barrier"), [path], **kw)[0]
-    assert made == [str(path)]
-    assert told == [f"{path}: record 2 (line 1, byte 19): text: is a number; text is wanted", "barrier", "barrier"]
-    assert first.identity == second.identity
+    path.write_text(json.dumps([{"text": f"fever for {i} days"} for i in range(1000)]))
+    kw: dict[str, Any] = {"tokenizer": small_tokenizer, "chat_format": ChatFormat(), "max_len": 32}
+    alone, _, _ = build([path], workers=1, progress=False, **kw)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr("data.cache.WORKERS_FROM", 0)
+    two, _, _ = build([path], workers=2, **kw)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "tokenising d.json" in err
+    assert "100%" in err
+    assert two.identity == alone.identity
+    assert all((two.document(i)[0] == alone.document(i)[0]).all() for i in range(1000))
 
 
 def test_dialogues_in_memory_are_cached_too(small_tokenizer: Tokenizer, tmp_path: Path) -> None:

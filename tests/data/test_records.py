@@ -146,7 +146,7 @@ def test_a_broken_file_says_how_far_it_was_read_even_when_skipping(
     path = tmp_path / "a.json"
     path.write_text(json.dumps([ALPACA] * 3)[:-1] + ', {"instruction": oops ' + "{" * 5000)
     told: list[BadRecord] = []
-    with pytest.raises(BadRecord, match="no next record is found after it, 3 usable records were read before"):
+    with pytest.raises(BadRecord, match="no record is found after this, 3 usable ones were read before"):
         list(read_records(path, on_bad=lambda b, raw: told.append(b)))
     assert len(told) == 1
 

@@ -148,7 +148,7 @@ def test_invalid_utf8_is_placed_and_kept(tmp_path: Path, shape: str) -> None:
         ('[{"a": 1}, {"a": 2', 1, "the file ends within this record (truncated, or a quote is missing?)"),
         ('[{"a": 1}, {"a": "2', 1, "the file ends within this record (truncated, or a quote is missing?)"),
         ('[{"a": 1},', 1, "the file ends without the closing bracket of the array (truncated?)"),
-        ('[{"a": 1}, ]', 1, "a comma before the closing bracket of the array"),
+        ('[{"a": 1}, ]\n', 1, "a comma before the closing bracket of the array"),
         ('[{"a": 1}] {"a": 2}', 1, "text after the closing bracket of the array"),
         ('{"a": 1}\n{"a": 2', 1, "the line ends within the record"),
         ('{"a": 1} {"a": 2}', 0, "text after the record's closing brace"),
@@ -159,6 +159,18 @@ def test_wrong_ends(tmp_path: Path, content: str, good: int, reason: str) -> Non
     items = items_of(tmp_path / "a.json", content)
     assert sum(i.fault is None for i in items) == good
     assert any(reason in i.fault[1] for i in items if i.fault)
+
+
+def test_text_after_the_array_is_fatal(tmp_path: Path) -> None:
+    """More records may stand there: a run that skips bad records must stop, too."""
+    last = items_of(tmp_path / "a.json", '[{"a": 1}]\n[{"a": 2}]')[-1]
+    assert last.fatal
+    assert not items_of(tmp_path / "a.json", '[{"a": 1},]\n')[-1].fatal
+
+
+def test_a_missing_comma_before_null(tmp_path: Path) -> None:
+    items = items_of(tmp_path / "a.json", '[{"a": 1} null, {"a": 3}]')
+    assert [(i.value, bool(i.fault)) for i in items] == [({"a": 1}, False), (None, True), ({"a": 3}, False)]
 
 
 def test_a_missing_comma_costs_one_record(tmp_path: Path) -> None:
@@ -221,24 +233,38 @@ def test_where_no_next_record_can_be_found_the_item_is_fatal(tmp_path: Path, mon
     assert [i.fatal for i in items] == [False, True]
 
 
-@settings(max_examples=200, deadline=None)
-@given(data=st.data())
-def test_damage_never_crashes_or_loses_many(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Change, drop or add bytes anywhere: every item has a value or a fault, and reading ends."""
-    content = bytearray(json.dumps(records(8)).encode())
+@settings(max_examples=300, deadline=None)
+@given(data=st.data(), chunk=st.sampled_from([16, 64, 1 << 20]), lines=st.booleans())
+def test_damage_anywhere_loses_nothing_silently(
+    data: st.DataObject, chunk: int, lines: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Change, drop or add bytes: reading ends, every item has a value or a fault, and every byte of the file is in
+    some item or between items, where only separators may be (else it is said that text follows the array)."""
+    content = bytearray("\n".join(map(json.dumps, records(8))).encode() if lines else json.dumps(records(8)).encode())
     for _ in range(data.draw(st.integers(1, 3))):
         at = data.draw(st.integers(0, len(content) - 1))
-        content[at : at + data.draw(st.integers(0, 3))] = data.draw(
-            st.binary(max_size=3) | st.sampled_from([b'"', b"}"])
+        new = data.draw(
+            st.binary(max_size=3) | st.sampled_from([b'"', b"}", b"]", b",", b"\\", b"[[", b'{"instruction":'])
         )
+        content[at : at + data.draw(st.integers(0, 3))] = new
     path = tmp_path_factory.mktemp("damage") / "a.json"
-    try:
-        items = items_of(path, bytes(content))
-    except ValueError as e:
-        assert "not a JSON array" in str(e)  # noqa: PT017
-        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream, "CHUNK", chunk)
+        try:
+            items = items_of(path, bytes(content))
+        except ValueError as e:
+            assert "not a JSON array" in str(e)  # noqa: PT017
+            return
     assert all(i.fault for i in items if i.value is None)
-    assert len(items) <= 60
+    assert [i.index for i in items] == list(range(1, len(items) + 1))
+    left, between = bytes(content), b""
+    for item in items:
+        if item.raw:
+            gap, _, left = left.partition(item.raw.encode("utf-8", "surrogateescape"))
+            between += gap
+    assert not any(i.fatal for i in items[:-1])
+    if not items[-1].fatal:
+        assert not (between + left).strip(b" \t\r\n,[]")
 
 
 def test_one_gigabyte_in_one_string_is_refused_at_once_in_bounded_memory(tmp_path: Path) -> None:

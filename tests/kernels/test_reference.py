@@ -149,3 +149,11 @@ def test_use_and_describe() -> None:
     assert "asked for" in kernels.describe()
     kernels.use("auto")
     assert torch.__version__ in kernels.describe()
+
+
+def test_packed_attention_traces_without_graph_breaks() -> None:
+    q = normal(1, 9, 2, 4)
+    start = torch.tensor([[0, 0, 0, 3, 3, 3, 3, 7, 7]], dtype=torch.int32)
+    documents = (start, torch.full_like(start, 9))
+    compiled = torch.compile(kernels.attention, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(q, q, q, documents), kernels.attention(q, q, q, documents))

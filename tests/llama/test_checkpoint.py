@@ -6,6 +6,8 @@ import dataclasses
 import json
 import random
 import struct
+import subprocess
+import sys
 import tracemalloc
 import weakref
 from collections.abc import Callable, Iterator
@@ -309,6 +311,19 @@ def test_weights_load_into_a_model_of_another_dtype_or_on_meta(saved: Path, tiny
     assert same(model, stored)
     with pytest.raises(ValueError, match="the weights do not fit"):
         load_weights(Llama(dataclasses.replace(tiny_config, n_layers=1)), saved)
+
+
+def test_loading_imports_none_of_torchs_slow_modules(saved: Path) -> None:
+    """They cost a second, in a program that answers in one and a half."""
+    code = (
+        "import sys, torch; before = set(sys.modules); from llama.checkpoint import load_model, load_tokenizer; "
+        f"load_model({str(saved)!r}), load_tokenizer({str(saved)!r}); "
+        "slow = {'sympy', 'torch._dynamo', 'torch.distributed.checkpoint', 'torch.distributed.tensor'}; "
+        "print(sorted(slow & (set(sys.modules) - before)))"
+    )
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
 
 
 def test_loaded_weights_outlive_the_file(saved: Path) -> None:

@@ -105,7 +105,7 @@ def test_meta_spelling_keeps_any_mlp_width(heads: int, ffn: int) -> None:
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"hidden_size": True}, "hidden_size is True"),
         ({"num_hidden_layers": -1}, "n_layers is -1"),
-        ({"num_key_value_heads": 4}, "not a multiple of n_kv_heads 4"),
+        ({"num_key_value_heads": 3}, "not a multiple of n_kv_heads 3"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope type 'yarn'"),

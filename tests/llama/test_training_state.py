@@ -161,6 +161,15 @@ def test_pruning_leaves_what_is_not_ours_and_what_is_newer(tmp_path: Path) -> No
     assert steps(tmp_path) == ["checkpoint-1", "checkpoint-20", "checkpoint-500", "metrics.jsonl"]
 
 
+def test_a_run_begun_anew_forgets_its_own_checkpoints_only(tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    save(tmp_path, 20)
+    (tmp_path / "checkpoint-1").mkdir()
+    training_state.forget(tmp_path)
+    assert steps(tmp_path) == ["checkpoint-1"]
+    training_state.forget(tmp_path / "nowhere")
+
+
 def test_a_failed_save_prunes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 10, limit=1)
 

@@ -12,17 +12,17 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import kernels
 from llama.chat import Dialogue, Message, fit
 from llama.generation import Answer, Context, Doctor, room_for
-from terminal.screen import Screen
+from llama.screen import Screen
 
 DISCLAIMER = (
-    "This is a research model, not a doctor: what it says is not medical advice and may be wrong.\n"
-    "In an emergency, call your local emergency number."
+    "A research model, not a doctor: its answers are not medical advice and may be\n"
+    "wrong. In an emergency, call your local emergency number."
 )
 PROMPT, LABEL = "You: ", "Doctor: "
 HELP = """\
@@ -134,8 +134,9 @@ class Chat:
         print(label, end="", flush=True)
         screen = Screen(sys.stdout, len(label))
         try:
-            for piece in answer.stream(self.doctor.model, self.context):
-                screen.write(piece)
+            with silent_keys() if self.interactive else contextlib.nullcontext():
+                for piece in answer.stream(self.doctor.model, self.context):
+                    screen.write(piece)
             ending = f"(cut off at {len(answer.token_ids):,} tokens)" if answer.finish_reason == "length" else ""
         except KeyboardInterrupt:
             screen.write(answer.finish(None))
@@ -192,6 +193,24 @@ class Chat:
         notice(f"last answer: {prompt}, {len(a.token_ids):,} tokens, {a.finish_reason or 'stopped by you'}")
         speeds = (("reading", a.prefill_tokens_per_s), ("writing", a.decode_tokens_per_s))
         notice(", ".join(f"{what} {speed:,.0f} tokens/s" for what, speed in speeds if speed is not None))
+
+
+@contextlib.contextmanager
+def silent_keys() -> Iterator[None]:
+    """Do not echo what is typed during an answer into the middle of it; the next prompt shows it."""
+    try:
+        import termios
+    except ImportError:  # not on Windows
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    silent = [*before]
+    silent[3] &= ~termios.ECHO
+    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
 
 
 class History:

@@ -1,0 +1,62 @@
+"""What every result file says besides its results: command, commit, versions, device. Used by the benches."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+
+
+def device() -> str:
+    """The GPU's name, or the CPU's with its cores."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [
+        line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+    ]
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
+
+
+def commit() -> str:
+    """The checked-out commit, marked when there are changes beside it."""
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], capture_output=True, text=True, cwd=ROOT, check=False).stdout.strip()
+
+    return git("rev-parse", "HEAD") + (" with changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def write(path: Path, results: Any, **facts: Any) -> None:
+    """Write a result file and print where it is."""
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "transformers", "safetensors", "numpy", "sentencepiece"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    script = Path(sys.argv[0]).resolve()
+    shown = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script
+    document = {
+        "command": " ".join(["python", str(shown), *sys.argv[1:]]),
+        "commit": commit(),
+        "device": device(),
+        "versions": versions,
+        "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 2),
+        **facts,
+        "results": results,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=2) + "\n")
+    print(f"written to {path}")

@@ -1,0 +1,490 @@
+"""generate.py: one question, files, the chat in pipes and on a real terminal, and what it says to mistakes."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llama import checkpoint, layout
+from llama.chat import ChatFormat
+from llama.config import LlamaConfig
+from llama.model import Llama
+from llama.tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+Generate = Callable[..., tuple[int, str, str]]
+
+
+def save(path: Path, tokenizer: Tokenizer, max_seq_len: int, chat_format: ChatFormat) -> Path:
+    """A random model in a directory: varied text that does not end by itself."""
+    config = LlamaConfig(32, 2, 4, 2, 64, tokenizer.vocab_size + 1, max_seq_len=max_seq_len)
+    model = Llama(config)
+    model.init_weights(1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.mul_(1 if "norm" in name else 15)
+        model.head.weight[tokenizer.eos_id] = 0
+    tensors = model.state_dict()
+    checkpoint.save_model(
+        path, ((e.name, tensors[e.name]) for e in layout.entries(config)), config, tokenizer, chat_format
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, small_tokenizer: Tokenizer) -> Path:
+    return save(tmp_path_factory.mktemp("model") / "tiny", small_tokenizer, 128, ChatFormat("dialogue", ""))
+
+
+@pytest.fixture
+def generate(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Generate:
+    """main() in this process, in an empty directory: (exit status, stdout, stderr)."""
+    sys.path.insert(0, str(ROOT))
+    try:
+        import generate as script
+    finally:
+        sys.path.remove(str(ROOT))
+    monkeypatch.chdir(tmp_path)
+
+    def run(*argv: str, stdin: bytes = b"", checkpoint: bool = True) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        try:
+            code = script.main([*(["--checkpoint", str(folder)] if checkpoint else []), *argv])
+        except SystemExit as e:  # argparse
+            code = int(e.code or 0)
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return code, out, err
+
+    return run
+
+
+# --- one question ---
+
+
+def test_one_question(generate: Generate) -> None:
+    code, out, err = generate("--prompt", "I have pain", "--seed", "1")
+    assert (code, err) == (0, "")
+    assert out.strip()
+    assert generate("--prompt", "I have pain", "--seed", "1")[1] == out
+    assert generate("--prompt=I have pain", "--seed", "2")[1] != out
+    assert generate("--prompt", "-", "--seed", "1", stdin=b"I have pain\n")[1] == out
+
+
+def test_json_is_one_object(generate: Generate, small_tokenizer: Tokenizer) -> None:
+    code, out, _ = generate("--prompt", "I have pain", "--json", "--max-new-tokens", "9", "--temperature=0")
+    answer = json.loads(out)
+    assert code == 0
+    assert out.count("\n") == 1
+    assert list(answer) == [
+        "text",
+        "token_ids",
+        "prompt_tokens",
+        "finish_reason",
+        "prefill_tokens_per_s",
+        "decode_tokens_per_s",
+    ]
+    assert (answer["finish_reason"], len(answer["token_ids"])) == ("length", 9)
+    assert answer["text"] == small_tokenizer.decode_continued(answer["token_ids"]).lstrip()
+    whole = small_tokenizer.encode("Patient: I have pain\nDoctor:")
+    assert answer["prompt_tokens"] == 1 + len(whole)
+
+
+def test_raw_is_bos_and_the_text(generate: Generate, small_tokenizer: Tokenizer) -> None:
+    _, out, _ = generate("--prompt", "I have pain", "--json", "--raw")
+    assert json.loads(out)["prompt_tokens"] == 1 + len(small_tokenizer.encode("I have pain"))
+
+
+def test_stop_text(generate: Generate) -> None:
+    whole = json.loads(generate("--prompt", "fever", "--json", "--temperature", "0")[1])["text"]
+    answer = json.loads(generate("--prompt", "fever", "--json", "--temperature", "0", "--stop", whole[10:13])[1])
+    assert answer["text"] == whole[: whole.index(whole[10:13])]
+    assert answer["finish_reason"] == "stop"
+
+
+def test_settings_come_from_flags_then_the_checkpoint_then_chatdoctor(
+    generate: Generate, folder: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    def length(config: dict[str, Any] | None, *flags: str) -> int:
+        copy = tmp_path / "copy"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(folder, copy)
+        (copy / "manifest.json").unlink()
+        (copy / "generation_config.json").unlink()
+        if config is not None:
+            (copy / "generation_config.json").write_text(json.dumps(config))
+        code, out, err = generate("--checkpoint", str(copy), "--prompt", "x", "--json", *flags, checkpoint=False)
+        assert code == 0, err
+        return len(json.loads(out)["token_ids"])
+
+    assert length(None) > 50  # ChatDoctor's 200, bounded by the context
+    assert length({"max_new_tokens": 7, "do_sample": False, "temperature": 0.9, "top_p": None}) == 7
+    assert length({"max_new_tokens": 7}, "--max_new_tokens", "5") == 5
+
+
+def test_the_last_trained_model_is_the_default(generate: Generate, folder: Path, tmp_path: Path) -> None:
+    code, out, err = generate("--prompt", "x", checkpoint=False)
+    assert (code, out) == (2, "")
+    assert "python train.py" in err
+    assert "make demo" in err
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/latest").write_text(f"{folder}\n")
+    assert generate("--prompt", "x", checkpoint=False)[0] == 0
+    (tmp_path / "out/latest").write_text(f"{tmp_path}/gone\n")
+    code, _, err = generate("--prompt", "x", checkpoint=False)
+    assert code == 2
+    assert f"{tmp_path}/gone" in err
+
+
+def test_verbose_says_which_kernels_run(generate: Generate) -> None:
+    _, _, err = generate("--prompt", "x", "--verbose")
+    assert "kernels: " in err
+    assert "parameters, float32 on cpu" in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--prompt", "x", "--temperature", "hot"], "--temperature: invalid float value: 'hot'"),
+        (["--prompt", "x", "--temperature", "nan"], "temperature is nan"),
+        (["--prompt", "x", "--top_p", "0"], "top_p is 0.0"),
+        (["--prompt", "x", "--top-k", "-1"], "top_k is -1"),
+        (["--prompt", "x", "--seed", "-1"], "seed is -1"),
+        (["--prompt", "x", "--max_new_tokens", "0"], "max_new_tokens is 0"),
+        (["--prompt", "x", "--stop", ""], "stop text is empty"),
+        (["--prompt", "x", "--dtype", "int3"], "--dtype"),
+        (["--prompt", "x", "--device", "cuda:99"], "--device cuda:99"),
+        (["--prompt", "x", "--device", "toaster"], "--device toaster"),
+        (["--prompt", "x", "--device", "meta"], "--device meta"),
+        (["--prompt", ""], "prompt is empty"),
+        (["--prompt", "a\udcffb"], "not valid Unicode"),
+        (["--prompt", "pain " * 300], "tokens long and the model's context holds 128"),
+        (["--prompt", "x", "--bogus"], "--bogus"),
+        (["--prompt", "x", "--input", "y", "--output", "z"], "exclude each other"),
+        (["--input", "y"], "need each other"),
+        (["--json"], "--json needs --prompt"),
+        (["--input", "nowhere.jsonl", "--output", "z"], "nowhere.jsonl: cannot be read"),
+        (["--prompt", "x", "--checkpoint", "nowhere"], "nowhere: does not exist"),
+    ],
+)
+def test_mistakes_get_one_line_and_exit_2(generate: Generate, argv: list[str], says: str) -> None:
+    code, out, err = generate(*argv)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert says in err
+
+
+def test_stdin_that_is_no_utf8(generate: Generate) -> None:
+    code, _, err = generate("--prompt", "-", stdin=b"caf\xe9")
+    assert (code, err) == (2, "error: stdin is not valid UTF-8 at byte 3\n")
+
+
+def test_a_damaged_checkpoint_is_one_line(generate: Generate, folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    code, _, err = generate("--checkpoint", str(copy), "--prompt", "x", checkpoint=False)
+    assert code == 2
+    assert "model.safetensors" in err
+    assert err.count("\n") == 1
+
+
+# --- files ---
+
+RECORDS: list[Any] = [
+    {"prompt": "I have pain in the chest"},
+    {"instruction": "Be kind", "input": "fever", "id": 7},
+    {"messages": [{"role": "user", "content": "cough"}]},
+    {"input": "head"},
+    {"instruction": "pain", "input": ""},
+]
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_file_is_answered_line_by_line(generate: Generate, tmp_path: Path) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n\n".join(json.dumps(r) for r in RECORDS))
+    code, out, err = generate("--input", str(source), "--output", str(target), "--temperature", "0", "--batch_size=2")
+    assert (code, out) == (0, "")
+    assert "5 of 5 lines answered, 0 rejected" in err
+    answers = lines_of(target)
+    assert [a["line"] for a in answers] == [1, 3, 5, 7, 9]
+    assert [a["record"] for a in answers] == RECORDS
+    alone = json.loads(generate("--prompt", RECORDS[0]["prompt"], "--temperature", "0", "--json")[1])
+    assert answers[0]["token_ids"] == alone["token_ids"]
+    assert answers[3]["prompt_tokens"] < answers[0]["prompt_tokens"]
+
+
+def test_broken_lines_are_named_and_lose_nothing(generate: Generate, tmp_path: Path) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    bad = [
+        b"{",
+        b'{"prompt": "caf\xe9"}',
+        b"[1]",
+        b'{"question": "x"}',
+        b'{"prompt": 3}',
+        b'{"prompt": " "}',
+        b'{"prompt": "\\ud800"}',
+        b'{"messages": []}',
+        b'{"messages": [{"role": "nurse", "content": "x"}]}',
+        b'{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}',
+        b'{"messages": "x"}',
+        json.dumps({"prompt": "pain " * 300}).encode(),
+        b"[" * 100_000,
+    ]
+    good = json.dumps(RECORDS[0]).encode()
+    source.write_bytes(b"\n".join([good, *bad, good]) + b"\n")
+    code, _, err = generate("--input", str(source), "--output", str(target), "--max_new_tokens", "4")
+    assert code == 2
+    assert "2 of 15 lines answered, 13 rejected" in err
+    for n in range(len(bad)):
+        assert f"error: {source} line {n + 2}: " in err
+    answers = lines_of(target)
+    assert [a["line"] for a in answers] == list(range(1, 16))
+    assert ["error" in a for a in answers] == [False, *[True] * len(bad), False]
+
+    # Put right, run again: what was answered stays as it is, the rest is done.
+    before = [line for line in target.read_text().splitlines() if '"error"' not in line]
+    source.write_bytes(b"\n".join([good] * 15))
+    code, _, err = generate("--input", str(source), "--output", str(target), "--max_new_tokens", "4")
+    assert code == 0
+    assert {a["line"] for a in lines_of(target)} == set(range(1, 16))
+    assert target.read_text().splitlines()[:2] == before
+
+
+def test_a_run_that_was_killed_goes_on(generate: Generate, tmp_path: Path) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(json.dumps(r) for r in RECORDS))
+    argv = ("--input", str(source), "--output", str(target), "--temperature", "0", "--max_new_tokens", "6")
+    assert generate(*argv)[0] == 0
+    whole = [(a["line"], a["text"]) for a in lines_of(target)]
+    target.write_bytes(target.read_bytes()[:-40])  # torn in the last line
+    assert generate(*argv)[0] == 0
+    assert [(a["line"], a["text"]) for a in lines_of(target)] == whole
+
+
+def test_somebody_elses_file_is_not_touched(generate: Generate, tmp_path: Path) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(json.dumps(RECORDS[0]))
+    for content in ("my notes", "my notes\nmore", '{"line": 1, "record": {"prompt": "another"}, "text": "x"}\n'):
+        target.write_text(content)
+        code, _, err = generate("--input", str(source), "--output", str(target))
+        assert code == 2
+        assert "out.jsonl exists and line 1 is no answer" in err
+        assert target.read_text() == content
+    assert generate("--input", str(source), "--output", str(tmp_path / "no/where.jsonl"))[0] == 2
+    assert generate("--input", str(source), "--output", str(source))[0] == 2
+    assert json.loads(source.read_text()) == RECORDS[0]
+
+
+# --- the chat, piped ---
+
+
+def test_piped_questions_are_answered(generate: Generate) -> None:
+    code, out, err = generate("--max_new_tokens", "5", stdin=b"I cough\n\nmy head\n")
+    assert code == 0
+    assert len(out.splitlines()) >= 2
+    assert "not medical advice" in err
+
+
+def test_commands(generate: Generate, tmp_path: Path) -> None:
+    path = tmp_path / "chat.json"
+    save = f"/save {path}"
+    lines = [save, "/retry", "I cough", save, save, "/save", "/save no/where/x", "/stats", "/nope", "/help", "/quit"]
+    stdin = "\n".join([*lines, "never asked"]).encode()
+    code, out, err = generate("--max_new_tokens", "5", "--temperature", "0", stdin=stdin)
+    assert code == 0
+    assert "nothing to save yet" in err
+    assert "no question yet" in err
+    assert "saved 2 messages" in err
+    assert "exists already; nothing was saved" in err
+    assert "/save needs a file name" in err
+    assert "no/where/x cannot be written" in err
+    assert "kernels: " in err
+    assert "of 128 tokens" in err
+    assert "/nope is not a command" in err
+    assert "/retry" in err
+    saved = json.loads(path.read_text())
+    assert saved["messages"][0] == {"role": "user", "content": "I cough"}
+    assert saved["messages"][1]["role"] == "assistant"
+    assert saved["messages"][1]["content"] == out.strip()
+    assert not list(path.parent.glob(".*"))
+
+
+def test_saved_dialogues_are_training_data(generate: Generate, tmp_path: Path) -> None:
+    records = pytest.importorskip("data.records")
+    path = tmp_path / "chat.json"
+    generate("--max_new_tokens", "5", "--temperature", "0", stdin=f"I cough\nand now\n/save {path}\n".encode())
+    (record,) = records.read_records(path, instruction="")
+    assert [m.role for m in record.dialogue.messages] == ["user", "assistant"] * 2
+
+
+def test_retry_and_reset(generate: Generate) -> None:
+    _, out, _ = generate("--max_new_tokens", "5", "--seed", "1", stdin=b"I cough\n/retry\n/reset\nI cough\n/stats\n")
+    first, again, fresh = out.splitlines()
+    assert first != again != fresh
+    assert generate("--max_new_tokens", "5", "--seed", "1", stdin=b"I cough\n/retry\n")[1] == f"{first}\n{again}\n"
+
+
+def test_the_oldest_turns_go_when_the_context_is_full(generate: Generate) -> None:
+    stdin = b"I have pain in the chest and cough\n" * 8 + b"/stats\n"
+    code, _, err = generate("--max_new_tokens", "20", "--temperature", "0", stdin=stdin)
+    assert code == 0
+    assert "(the context of 128 tokens is full: the oldest turn is left out from here on)" in err
+    assert "dialogue: 8 turns" in err
+    assert "error" not in err
+
+
+def test_a_question_that_does_not_fit_is_refused_and_the_chat_goes_on(generate: Generate) -> None:
+    code, out, err = generate("--max_new_tokens", "5", stdin=b"pain " * 300 + b"\nI cough\n\xff\xfe\n/stats\n")
+    assert code == 0
+    assert "error: the prompt is" in err
+    assert "not valid UTF-8" in err
+    assert "dialogue: 1 turns" in err
+    assert out.strip()
+
+
+# --- the chat on a terminal ---
+
+
+class Terminal:
+    """A child with a pseudo-terminal of its own."""
+
+    def __init__(self, argv: list[str], home: Path) -> None:
+        import pty
+
+        self.master, slave = pty.openpty()
+        # The child makes the terminal its controlling one, so that Ctrl-C is a signal.
+        become = (
+            "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+        )
+        env = {**os.environ, "XDG_STATE_HOME": str(home), "TERM": "dumb", "OMP_NUM_THREADS": "1"}
+        self.child = subprocess.Popen(
+            [sys.executable, "-c", become, sys.executable, str(ROOT / "generate.py"), *argv],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
+            env=env,
+            cwd=ROOT,
+        )
+        os.close(slave)
+        self.seen = ""
+
+    def send(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+    def until(self, text: str, seconds: float = 60) -> str:
+        """What is shown up to and with the text."""
+        end = time.monotonic() + seconds
+        while text not in self.seen:
+            ready, _, _ = select.select([self.master], [], [], max(0.0, end - time.monotonic()))
+            assert ready, f"{text!r} did not come within {seconds} s; shown: {self.seen!r}"
+            try:
+                self.seen += os.read(self.master, 4096).decode(errors="replace").replace("\r", "")
+            except OSError:  # the child has closed the terminal
+                raise AssertionError(f"ended before {text!r}; shown: {self.seen!r}") from None
+        at = self.seen.index(text) + len(text)
+        shown, self.seen = self.seen[:at], self.seen[at:]
+        return shown
+
+    def close(self) -> None:
+        if self.child.poll() is None:
+            self.child.kill()
+        self.child.wait()
+        os.close(self.master)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_ctrl_c_stops_the_answer_and_ctrl_d_ends_the_chat(tmp_path: Path, small_tokenizer: Tokenizer) -> None:
+    path = save(tmp_path / "long", small_tokenizer, 60_000, ChatFormat("dialogue", ""))
+    settings = ["--max_new_tokens", "50000", "--temperature", "1", "--repetition_penalty", "1", "--seed", "1"]
+    terminal = Terminal(["--checkpoint", str(path), *settings], tmp_path / "state")
+    try:
+        assert "not medical advice" in terminal.until("You: ")
+        terminal.send("I cough\n")
+        terminal.until("Doctor: ")
+        terminal.until(" ")  # a word has come
+        terminal.send("\x03")
+        terminal.until("(stopped)")
+        terminal.until("You: ")
+        terminal.send("\x03")
+        terminal.until("/quit or Ctrl-D leaves")
+        terminal.until("You: ")
+        terminal.send(f"/save {tmp_path}/chat.json\n")
+        terminal.until("saved 2 messages")
+        terminal.until("You: ")
+        terminal.send("\x04")
+        assert terminal.child.wait(30) == 0
+    finally:
+        terminal.close()
+    messages = json.loads((tmp_path / "chat.json").read_text())["messages"]
+    assert messages[0]["content"] == "I cough"
+    assert messages[1]["content"]
+    history = tmp_path / "state/chatdoctor/history"
+    if history.exists():  # a Python without readline keeps none
+        assert "I cough" in history.read_text()
+        assert history.stat().st_mode & 0o077 == 0
+
+
+# --- as a process ---
+
+
+def test_a_reader_that_goes_away_is_no_error(folder: Path) -> None:
+    child = subprocess.Popen(
+        [sys.executable, str(ROOT / "generate.py"), "--checkpoint", str(folder), "--prompt", "x", "--seed", "1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+    )
+    assert child.stdout is not None
+    child.stdout.close()
+    _, err = child.communicate(timeout=60)
+    assert err == b""
+
+
+def test_one_answer_loads_nothing_that_it_does_not_need(folder: Path) -> None:
+    """Start-up is imports: each of these costs 0.3 to 5 s. Seconds themselves are bench/bench_decode.py's."""
+    code = (
+        "import sys, generate\n"
+        f"generate.main(['--checkpoint', {str(folder)!r}, '--prompt', 'x', '--seed', '1'])\n"
+        "heavy = ('transformers', 'torch._dynamo', 'torch.distributed.fsdp', 'sympy', 'pandas', 'matplotlib')\n"
+        "print([m for m in heavy if m in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert run.stderr == ""
+    assert run.stdout.splitlines()[-1] == "[]"
+    flags = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys, generate; generate.parse(['--prompt', 'x']); print('torch' in sys.modules)",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=60,
+    )
+    assert flags.stdout == "False\n"
