@@ -106,7 +106,8 @@ def _fail(message: str) -> int:
     return 2
 
 
-def _interrupt(signum: int, frame: object) -> None:
+def interrupt(signum: int, frame: object) -> None:
+    """What a stop signal does: end as Ctrl-C does, leaving nothing behind."""
     raise KeyboardInterrupt
 
 
@@ -402,5 +403,5 @@ def _size(n: int) -> str:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _interrupt)  # a stopped job cleans up as an interrupted one does
+    signal.signal(signal.SIGTERM, interrupt)  # a stopped job cleans up as an interrupted one does
     sys.exit(main())

@@ -135,6 +135,7 @@ def main() -> None:
         "safetensors": safetensors.__version__,
         "python": platform.python_version(),
         "device": f"{platform.machine()}, {os.cpu_count()} cores, OMP_NUM_THREADS=1",
+        "load_average": round(os.getloadavg()[0], 1),
         "date": time.strftime("%Y-%m-%d"),
         "source": f"{config.n_params() * 2 / 1e9:.2f} GB of bfloat16 in 2 shards, {config.n_layers} layers, dim 2048",
         "seconds_include": "starting Python, checking, writing, fsync, reading back and comparing every tensor",
