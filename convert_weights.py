@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from llama import checkpoint, files
 from llama.chat import ChatFormat
+from llama.command_line import Parser
 from llama.config import LlamaConfig
 from llama.gguf_files import GGUF, dtype_in_gguf, package, write_gguf
 from llama.hf_files import HuggingFace
@@ -87,7 +88,7 @@ class Job:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; the exit code."""
-    args = parse(argv)
+    args = parse(sys.argv[1:] if argv is None else argv)
     try:
         convert(args)
     except ValueError as e:
@@ -111,9 +112,9 @@ def interrupt(signum: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
-    p = argparse.ArgumentParser(prog="convert_weights.py", description=(__doc__ or "").split("\n")[0])
+    p = Parser("convert_weights.py", (__doc__ or "").split("\n")[0])
     p.add_argument("src", type=Path, help="directory: Meta's (params.json, consolidated.NN.pth) or Hugging Face's")
     p.add_argument("dst", type=Path, help="directory to make; for gguf a file")
     p.add_argument("--to", choices=("hf", "meta", "gguf"), default="hf", help="layout to write (default: hf)")
@@ -122,7 +123,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--max_seq_len", type=int, help="context length, where SRC's is unknown or wrong")
     p.add_argument("--tokenizer", type=Path, help="SentencePiece model (default: tokenizer.model in SRC or above it)")
     p.add_argument("--max_shard_size", default="5GB", help="largest file of --to hf (default: 5GB)")
-    p.add_argument("--no-mmap", action="store_true", help="read SRC without mapping it (it lies on a failing network)")
+    p.add_argument("--no_mmap", action="store_true", help="read SRC without mapping it (it lies on a failing network)")
     return p.parse_args(argv)
 
 

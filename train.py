@@ -46,7 +46,7 @@ BUILTIN: dict[str, Any] = {
     "instruction": synthesize.RECIPE.instruction,
     "model_max_length": synthesize.RECIPE.max_len,
     "max_steps": 1700,
-    "per_device_train_batch_size": 16,
+    "per_device_train_batch_size": 11,  # dialogues: about 16 questions
     "learning_rate": 4e-3,
     "warmup_steps": 40,
     "adam_beta2": 0.98,
@@ -463,33 +463,34 @@ def check_output_dir(args: TrainArguments, path: Path) -> None:
 
 def examine(run: Run, sample: synthesize.Sample) -> None:
     """Ask the finished model the held-out questions: three answers beside the reference, and how many are right."""
-    model = run.model.eval()
-    lines = []
-    for title, examples in (
-        ("unseen phrasing and symptoms", sample.held_out_examples),
-        ("unseen wording of every symptom too", sample.unseen_wordings),
+    run.model.eval()
+    asked, unseen = sample.held_out_examples, sample.unseen_wordings
+    alone = [e.dialogue.messages[:1] for e in asked]
+    later = [
+        before.dialogue.messages + e.dialogue.messages[:1]
+        for before, e in zip([asked[-1], *asked], asked, strict=False)
+    ]
+    answers = answer_all(run, alone)
+    for e, text in list(zip(asked, answers, strict=True))[:3]:
+        say(run.world, f"\nPatient:   {e.question}\nModel:     {text}\nReference: {e.answer}")
+    say(run.world, f"\nThe right condition is named in, of {len(asked)} held-out questions each:")
+    for title, examples, texts in (
+        ("unseen sentences and sets of symptoms", asked, answers),
+        ("the same, as a second question", asked, answer_all(run, later)),
+        ("and every symptom in unseen words", unseen, answer_all(run, [e.dialogue.messages[:1] for e in unseen])),
     ):
-        answers = answer_all(run, [e.question for e in examples])
-        named = share_named_right(sample.table, examples, answers)
+        named = share_named_right(sample.table, examples, texts)
         by_symptoms, by_words = retrieval_ceiling(sample.table, examples)
-        lines.append(
-            f"{title}: {named:.1%} of {len(examples)} answers name the right condition "
-            f"(ranking the table by its true symptoms: {by_symptoms:.1%}, by the question's words: {by_words:.1%})"
-        )
-        if examples is sample.held_out_examples:
-            for e, text in list(zip(examples, answers, strict=True))[:3]:
-                say(run.world, f"\nPatient:   {e.question}\nModel:     {text}\nReference: {e.answer}")
-    say(run.world, "\n" + "\n".join(lines))
-    model.train()
+        ceiling = f"(ranking the table by true symptoms: {by_symptoms:.1%}, by the question's words: {by_words:.1%})"
+        say(run.world, f"  {named:6.1%}  {title:38} {ceiling}")
+    run.model.train()
 
 
-def answer_all(run: Run, questions: list[str]) -> list[str]:
-    """Greedy answers, questions of like length side by side."""
+def answer_all(run: Run, questions: list[tuple[Message, ...]]) -> list[str]:
+    """Greedy answers to dialogues that end in a question, prompts of like length side by side."""
     chat_format, tokenizer = run.source.chat_format, run.source.tokenizer
     greedy = SamplingParams(temperature=0.0, repetition_penalty=1.0)
-    prompts = [
-        render(Dialogue((*chat_format.opening(), Message("user", q))), chat_format, tokenizer)[0] for q in questions
-    ]
+    prompts = [render(Dialogue((*chat_format.opening(), *q)), chat_format, tokenizer)[0] for q in questions]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [""] * len(prompts)
     for at in range(0, len(order), 64):

@@ -316,11 +316,12 @@ def examples(table: Table, seed: int, n: int, split: Split = "train") -> Iterato
 class Recipe:
     """The data of the embedded default: how much of it, and how it is written for the model."""
 
-    n_train: int = 27_200  # 1,700 steps of 16, every dialogue once
+    n_train: int = 27_200  # questions, each asked once
+    turns: tuple[float, ...] = (0.65, 0.2, 0.15)  # shares of dialogues of 1, 2, ... questions
     n_held_out: int = 428  # of either held-out split: two questions a condition
     seed: int = 0
     vocab_size: int = 2048
-    max_len: int = 160
+    max_len: int = 384  # three questions and answers
     chat_format: str = "dialogue"
     instruction: str = ""
 
@@ -347,12 +348,25 @@ class Sample:
             yield from (m.content for m in dialogue.messages)
 
 
+def in_turns(questions: Sequence[Example], shares: Sequence[float], seed: int) -> Iterator[Dialogue]:
+    """Questions joined to dialogues of 1, 2, ... turns, each about something new.
+
+    Trained on single questions alone, a small model answers the second one of a chat with nonsense.
+    """
+    rng = random.Random(f"turns {seed}")
+    at = 0
+    while at < len(questions):
+        n = rng.choices(range(1, len(shares) + 1), shares)[0]
+        yield Dialogue(tuple(m for e in questions[at : at + n] for m in e.dialogue.messages))
+        at += n
+
+
 def sample(recipe: Recipe = RECIPE) -> Sample:
     """The embedded default's data, made anew; takes seconds."""
     table = load_table()
     return Sample(
         table,
-        [e.dialogue for e in examples(table, recipe.seed, recipe.n_train)],
+        list(in_turns(list(examples(table, recipe.seed, recipe.n_train)), recipe.turns, recipe.seed)),
         list(examples(table, recipe.seed, recipe.n_held_out, "held_out")),
         list(examples(table, recipe.seed, recipe.n_held_out, "unseen_wordings")),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -18,10 +19,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
-from data import loader
+from data import loader, synthesize
 from llama import checkpoint
 from llama.arguments import TrainArguments, parse
-from llama.chat import ChatFormat
+from llama.chat import ChatFormat, Dialogue, render
 from llama.config import LlamaConfig
 from llama.model import Llama
 from llama.runlog import draw_loss, read_metrics
@@ -426,3 +427,32 @@ def test_metrics_with_an_unfinished_line_are_read(tmp_path: Path) -> None:
     path.write_text('{"step": 1, "loss": 2.0, "lr": 0.1}\n{"step": 2, "lo')
     assert read_metrics(path) == [{"step": 1, "loss": 2.0, "lr": 0.1}]
     assert draw_loss(path, tmp_path / "loss.png")
+
+
+# --- the built-in sample --------------------------------------------------------------------------
+
+
+def test_builtin_model_is_asked_as_it_was_trained() -> None:
+    """The prompt of a chat is what every training dialogue begins with: no instruction slips in between."""
+    sample = synthesize.sample(dataclasses.replace(synthesize.RECIPE, n_train=2000, n_held_out=4))
+    source = train.open_source(parse([], train.BUILTIN), sample.texts)
+    dialogue = sample.train[0]
+    ids, mask = render(dialogue, source.chat_format, source.tokenizer)
+    asked = Dialogue((*source.chat_format.opening(), dialogue.messages[0]))
+    prompt, _ = render(asked, source.chat_format, source.tokenizer)
+    assert prompt == ids[: mask.index(True)]
+
+
+def test_no_flags_train_the_builtin_sample_and_examine_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = dataclasses.replace(synthesize.RECIPE, n_train=2000, n_held_out=6)
+    monkeypatch.setattr(synthesize.sample, "__defaults__", (small,))
+    assert train.main(["--max_steps", "2"]) == 0
+    err = capsys.readouterr().err
+    assert err.count("Patient:   ") == err.count("Reference: ") == 3
+    assert len(re.findall(r"^ +0\.0%  .* \(ranking the table by true symptoms: \d+\.\d%, ", err, re.M)) == 3
+    assert "held-out loss" in err
+    assert Path("out/tiny/config.json").exists()
+    assert Path("out/latest").read_text().strip() == str(tmp_path / "out/tiny")

@@ -1,0 +1,84 @@
+"""What README.md says, held against the repository: commands parse, files exist, figures are those of the results."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import convert_weights
+import generate
+from llama.arguments import parse
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+SHELL = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.S)).replace("\\\n", " ")
+COMMANDS = [line.split("  #")[0].strip() for line in SHELL.splitlines() if line.strip()]
+TARGETS = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_parse(command: str) -> None:
+    words = shlex.split(command)
+    if words[0] == "make":
+        assert words[1] in TARGETS
+        return
+    script = next(i for i, w in enumerate(words) if w.endswith(".py"))
+    assert words[0] in ("python", "torchrun")
+    assert (ROOT / words[script]).exists()
+    flags = words[script + 1 :]
+    if words[script] == "train.py":
+        parse(flags, {})
+    elif words[script] == "generate.py":
+        generate.parse(flags)
+    else:
+        convert_weights.parse(flags)
+
+
+def test_python_snippet_compiles() -> None:
+    for snippet in re.findall(r"```python\n(.*?)```", README, re.S):
+        compile(snippet, "README.md", "exec")
+
+
+def test_files_that_are_named_exist() -> None:
+    named = set(re.findall(r"`((?:bench|data|docs|kernels|llama|runs|tests)/[\w./-]*)`", README))
+    assert len(named) > 8
+    for name in named:
+        assert (ROOT / name).exists(), name
+
+
+def test_map_names_every_script_and_folder() -> None:
+    tracked = [p for p in ROOT.iterdir() if not p.name.startswith(".") and p.name not in ("out", "__pycache__")]
+    for path in tracked:
+        if (path.is_dir() and any(path.rglob("*.py"))) or path.suffix == ".py" or path.name in ("runs", "docs"):
+            assert path.name in README.split("## What is where")[1].split("##")[0], path.name
+
+
+def result(name: str) -> list[dict[str, object]]:
+    return json.loads((ROOT / "bench/results" / name).read_text())["results"]
+
+
+@pytest.mark.parametrize(
+    ("row", "file", "keys"),
+    [
+        ("decoding, 110M", "decode_cpu.json", [("110m", "float32"), ("110m", "bfloat16")]),
+        ("decoding, 15M", "decode_cpu.json", [("15m", "float32"), ("15m", "bfloat16")]),
+    ],
+)
+def test_decoding_figures_are_measured(row: str, file: str, keys: list[tuple[str, str]]) -> None:
+    line = next(line for line in README.splitlines() if line.startswith(f"| {row}"))
+    measured = [next(r for r in result(file) if (r["shape"], r["dtype"]) == key) for key in keys]
+    speeds = " / ".join(f"{r['ours']['decode_tokens_per_s']:.0f}" for r in measured)  # type: ignore[index]
+    ratios = " / ".join(f"{r['decode_ratio']:.2f}x" for r in measured)
+    assert f"{speeds} tok/s = {ratios} transformers" in line
+
+
+@pytest.mark.parametrize("shape", ["15m", "tiny"])
+def test_training_figures_are_measured(shape: str) -> None:
+    name = {"15m": "15M"}.get(shape, shape)
+    line = next(line for line in README.splitlines() if line.startswith(f"| training step, {name} fp32"))
+    r = next(r for r in result("train_cpu.json") if (r["shape"], r["dtype"]) == (shape, "float32"))
+    assert f"{r['ours padded']['speedup']:.2f}x / {r['ours packed']['speedup']:.2f}x transformers" in line  # type: ignore[index]
