@@ -45,8 +45,8 @@ BUILTIN: dict[str, Any] = {
     "chat_format": synthesize.RECIPE.chat_format,
     "instruction": synthesize.RECIPE.instruction,
     "model_max_length": synthesize.RECIPE.max_len,
-    "max_steps": 1700,
-    "per_device_train_batch_size": 11,  # dialogues: about 16 questions
+    "max_steps": 2000,
+    "per_device_train_batch_size": 12,  # dialogues: about 16 questions
     "learning_rate": 4e-3,
     "warmup_steps": 40,
     "adam_beta2": 0.98,
