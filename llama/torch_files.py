@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama.files import looks_like
+
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 MAX_PICKLE = 64 << 20  # the names and shapes of 65B's 723 tensors take 0.2 MB
 _STORAGES = {
@@ -72,22 +74,15 @@ def what_is(path: Path) -> str:
     """What a file that should hold tensors is instead, judged by its first bytes; with the remedy."""
     with open(path, "rb") as f:
         head = f.read(512)
-    text = head.lstrip().lower()
-    if not head:
-        return "the file is empty; fetch it again"
-    if head.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer, not the weights; fetch them with `git lfs pull`"
-    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<")):
-        return "an HTML page, not weights: the download went wrong (a login page?)"
-    if head.startswith(b"GGUF"):
-        return "a GGUF file; GGUF is written here, not read"
     if head.startswith(b"PK\x03\x04"):
         return "a zip file, as torch.save writes it"
     if head[:1] == b"\x80":
         return "a bare pickle (torch before 1.6, or not torch's), which is not opened; save it again with torch.save"
+    if known := looks_like(head):
+        return known
     if head[8:9] == b"{":
         return "a safetensors file under another name; rename it"
-    if text.startswith((b"{", b"[")):
+    if head.lstrip().startswith((b"{", b"[")):
         return "JSON, not weights; fetch the file again"
     if not head.strip(b"\0"):
         return "nothing but zeros: the download or the disk failed; fetch it again"

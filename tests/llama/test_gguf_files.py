@@ -13,14 +13,17 @@ from llama import gguf_files
 from llama.config import LlamaConfig, RopeScaling
 from llama.gguf_files import GGUF, write_gguf
 from llama.layout import entries
+from llama.model import Llama
 from llama.tokenizer import Tokenizer
 
 gguf = pytest.importorskip("gguf")
 
 
-def write(path: Path, c: LlamaConfig, tokenizer: Tokenizer, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+def write(
+    path: Path, c: LlamaConfig, tokenizer: Tokenizer, dtype: torch.dtype = torch.float32, scale: float = 1
+) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
-    weights = {e.name: torch.randn(e.shape, generator=generator).to(dtype) for e in entries(c)}
+    weights = {e.name: torch.randn(e.shape, generator=generator).mul(scale).to(dtype) for e in entries(c)}
     write_gguf(path, ((e, weights[e.name]) for e in entries(c)), c, tokenizer, dtype, "test")
     return weights
 
@@ -111,3 +114,28 @@ def test_without_the_package_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     with pytest.raises(ValueError, match="pip install gguf"):
         gguf_files.package()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["plain", "tied", "llama3", "linear"])
+def test_llama_cpp_computes_the_same(tmp_path: Path, small_tokenizer: Tokenizer, kind: str) -> None:
+    """Logits and token ids of llama.cpp itself (its cache in fp32), where llama-cpp-python is installed."""
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python, which builds llama.cpp, is not installed")
+    config = LlamaConfig(64, 2, 8, 2, 160, small_tokenizer.vocab_size + 1, tie_embeddings=kind == "tied")
+    if kind == "llama3":
+        scaling = RopeScaling("llama3", 8.0, original_max_seq_len=64)
+        config = dataclasses.replace(config, rope_theta=500000.0, rope_scaling=scaling)
+    if kind == "linear":
+        config = dataclasses.replace(config, rope_scaling=RopeScaling("linear", 4.0))
+    model = Llama(config)
+    model.load_state_dict(write(tmp_path / "x.gguf", config, small_tokenizer, scale=0.2))
+    theirs = llama_cpp.Llama(
+        str(tmp_path / "x.gguf"), n_ctx=256, logits_all=True, verbose=False, n_threads=1, type_k=0, type_v=0
+    )
+    ids = torch.randint(3, small_tokenizer.vocab_size, (100,), generator=torch.Generator().manual_seed(0)).tolist()
+    theirs.eval(ids)
+    wanted, got = model(torch.tensor([ids]))[0], torch.from_numpy(theirs.scores[: len(ids)].copy())
+    assert (wanted - got).abs().max() <= 1e-4 * wanted.abs().max()
+    for text in ("I have pain in the chest", " two  spaces", "na\u00efve \u65e5\u672c\u8a9e"):
+        assert theirs.tokenize(text.encode(), add_bos=False) == small_tokenizer.encode(text)
+    theirs.close()
