@@ -500,40 +500,26 @@ def test_a_source_that_changes_is_not_converted(
     assert "changed while" in refused(tmp_path, capsys, tmp_path / "src", tmp_path / "dst")
 
 
-def forked(err: Path, *argv: object) -> int:
-    """Run the script in a child that has imported everything already: its process id. stderr goes to a file."""
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 70
-    try:
-        signal.signal(signal.SIGTERM, convert_weights.interrupt)
-        with open(err, "w") as sys.stderr, open(os.devnull, "w") as sys.stdout:
-            code = convert_weights.main([str(a) for a in argv])
-    finally:
-        os._exit(code)
-
-
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # the child uses one thread
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_conversion_leaves_nothing_by_the_name(tmp_path: Path, number: signal.Signals) -> None:
     """The signal comes while the result is being written; after SIGKILL the next run clears what was staged."""
     src, dst = tmp_path / "src", tmp_path / "dst"
     save_meta(src, LlamaConfig(512, 4, 8, 8, 1536, 16000, max_seq_len=4096), 2)
-    pid = forked(tmp_path / "err", src, dst)
+    script = [sys.executable, str(ROOT / "convert_weights.py"), str(src), str(dst)]
+    process = subprocess.Popen(script, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not any((p / "model.safetensors").exists() for p in tmp_path.glob(".dst.staged-*")):
         assert time.monotonic() < deadline
         time.sleep(0.001)
-    os.kill(pid, number)
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
     assert not dst.exists()
     if number == signal.SIGKILL:
-        assert status == -signal.SIGKILL
+        assert process.returncode == -signal.SIGKILL
         convert(src, dst)
         checkpoint.load_model(dst)
     else:
-        assert (status, (tmp_path / "err").read_text()) == (2, "error: interrupted; nothing was written\n")
+        assert (process.returncode, err) == (2, "error: interrupted; nothing was written\n")
     assert not list(tmp_path.glob(".*"))
 
 
