@@ -8,6 +8,7 @@ micro-batches or ranks. Progress goes to stderr, metrics to <output_dir>/metrics
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 import signal
@@ -474,6 +475,7 @@ def examine(run: Run, sample: synthesize.Sample) -> None:
     for e, text in list(zip(asked, answers, strict=True))[:3]:
         say(run.world, f"\nPatient:   {e.question}\nModel:     {text}\nReference: {e.answer}")
     say(run.world, f"\nThe right condition is named in, of {len(asked)} held-out questions each:")
+    shares = {}
     for title, examples, texts in (
         ("unseen sentences and sets of symptoms", asked, answers),
         ("the same, as a second question", asked, answer_all(run, later)),
@@ -483,6 +485,8 @@ def examine(run: Run, sample: synthesize.Sample) -> None:
         by_symptoms, by_words = retrieval_ceiling(sample.table, examples)
         ceiling = f"(ranking the table by true symptoms: {by_symptoms:.1%}, by the question's words: {by_words:.1%})"
         say(run.world, f"  {named:6.1%}  {title:38} {ceiling}")
+        shares[title] = {"model": named, "ranking_by_symptoms": by_symptoms, "ranking_by_words": by_words}
+    (run.output_dir / "examination.json").write_text(json.dumps(shares, indent=2) + "\n")
     run.model.train()
 
 

@@ -342,10 +342,11 @@ def test_saved_dialogues_are_training_data(generate: Generate, tmp_path: Path) -
 
 
 def test_retry_and_reset(generate: Generate) -> None:
-    _, out, _ = generate("--max_new_tokens", "5", "--seed", "1", stdin=b"I cough\n/retry\n/reset\nI cough\n/stats\n")
+    flags = ["--max_new_tokens", "12", "--temperature", "2", "--seed", "1"]
+    _, out, _ = generate(*flags, stdin=b"I cough\n/retry\n/reset\nI cough\n/stats\n")
     first, again, fresh = out.splitlines()
     assert first != again != fresh
-    assert generate("--max_new_tokens", "5", "--seed", "1", stdin=b"I cough\n/retry\n")[1] == f"{first}\n{again}\n"
+    assert generate(*flags, stdin=b"I cough\n/retry\n")[1] == f"{first}\n{again}\n"
 
 
 def test_the_oldest_turns_go_when_the_context_is_full(generate: Generate) -> None:

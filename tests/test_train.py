@@ -454,5 +454,6 @@ def test_no_flags_train_the_builtin_sample_and_examine_it(
     assert err.count("Patient:   ") == err.count("Reference: ") == 3
     assert len(re.findall(r"^ +0\.0%  .* \(ranking the table by true symptoms: \d+\.\d%, ", err, re.M)) == 3
     assert "held-out loss" in err
+    assert len(json.loads(Path("out/tiny/examination.json").read_text())) == 3
     assert Path("out/tiny/config.json").exists()
     assert Path("out/latest").read_text().strip() == str(tmp_path / "out/tiny")

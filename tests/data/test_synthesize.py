@@ -115,7 +115,10 @@ def test_a_bad_split_is_named(table: Table) -> None:
 
 def test_sample_is_the_recipe() -> None:
     s = sample(Recipe(n_train=300, n_held_out=30))
-    assert (len(s.train), len(s.held_out), len(s.unseen_wordings)) == (300, 30, 30)
+    turns = [len(d.messages) // 2 for d in s.train]
+    assert (sum(turns), len(s.held_out), len(s.unseen_wordings)) == (300, 30, 30)
+    assert turns.count(1) > turns.count(2) > 0
+    assert max(turns) == len(RECIPE.turns) == 3
     assert s.train[0].messages[0].role == "user"
     assert sum(1 for _ in s.texts()) == 600
     assert RECIPE.chat_format == "dialogue"
