@@ -82,3 +82,11 @@ def test_training_figures_are_measured(shape: str) -> None:
     line = next(line for line in README.splitlines() if line.startswith(f"| training step, {name} fp32"))
     r = next(r for r in result("train_cpu.json") if (r["shape"], r["dtype"]) == (shape, "float32"))
     assert f"{r['ours padded']['speedup']:.2f}x / {r['ours packed']['speedup']:.2f}x transformers" in line  # type: ignore[index]
+
+
+def test_default_run_is_measured() -> None:
+    r = json.loads((ROOT / "bench/results/default_cpu.json").read_text())["results"]
+    assert f"{r['wall_seconds']:.0f} s, {r['tokens_per_s']:,} tokens/s" in README
+    for title, shares in r["named_right"].items():
+        assert f"{shares['model']:7.1%}  {title}" in README
+    assert f"{r['named_right']['unseen sentences and sets of symptoms']['model']:.1%}".replace("%", " %") in README
