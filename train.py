@@ -551,8 +551,12 @@ def main(argv: list[str] | None = None) -> int:
             print(f"error: {e}{remedy}", file=sys.stderr)
         return 2
     finally:
-        parallel.shutdown()
+        if not parallel.launched():
+            parallel.shutdown()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if parallel.launched():
+        parallel.leave(status)
+    sys.exit(status)
