@@ -89,11 +89,22 @@ def padded(head: int) -> int:
     return max(16, triton.next_power_of_2(head))
 
 
-def why_not(head: int, dtype: torch.dtype) -> str | None:
-    """Why heads of this size cannot go through these kernels; None when they can."""
-    step = 16 // dtype.itemsize
-    if head > LARGEST_HEAD or head % step:
-        return f"head size {head} in {dtype}: the attention kernel takes multiples of {step} up to {LARGEST_HEAD}"
+def why_not(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> str | None:
+    """Why these tensors cannot go through these kernels, with the remedy; None when they can."""
+    step = 16 // q.dtype.itemsize  # descriptors move whole 16 bytes
+    if q.shape[3] > LARGEST_HEAD or q.shape[3] % step:
+        return (
+            f"a head of {q.shape[3]} does not fit it: for {str(q.dtype).removeprefix('torch.')} the kernel takes "
+            f"multiples of {step} up to {LARGEST_HEAD}; use the torch backend"
+        )
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if t.stride(3) != 1 or any(s % step for s in (*t.stride()[:3], t.storage_offset())):
+            return (
+                f"{name} has strides {t.stride()} from offset {t.storage_offset()}, and the kernel needs a contiguous "
+                f"last dimension and multiples of {step}: call .contiguous() on it"
+            )
+    if documents is not None and not all(d.is_contiguous() and d.device == q.device for d in documents):
+        return f"the documents' borders are not contiguous tensors on {q.device}: call .to(device).contiguous() on them"
     return None
 
 

@@ -1,0 +1,357 @@
+"""Attention kernels: forward and every gradient against fp64, packings, grouped queries, caches, odd shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kernels import decode, flash, reference
+from kernels.flash import Tiles
+
+Check = Callable[..., None]
+Normal = Callable[..., Tensor]
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+SQUARE, TALL, WIDE = Tiles(32, 32, 4, 1), Tiles(64, 16, 4, 1), Tiles(16, 64, 4, 1)
+
+
+@pytest.fixture(autouse=True)
+def tiles() -> Iterator[Callable[[Tiles], None]]:
+    """cut(tiles) has every attention kernel use them; on a device the table's own hold, tested there as they are."""
+    before = dict(flash.OVERRIDE)
+
+    def cut(tiles: Tiles) -> None:
+        flash.OVERRIDE.update(dict.fromkeys(("forward", "dkdv", "dq"), tiles))
+
+    yield cut
+    flash.OVERRIDE.clear()
+    flash.OVERRIDE.update(before)
+
+
+def borders(lengths: list[list[int]], device: torch.device) -> flash.Documents:
+    """start and end (B, T) of rows packed with documents of these lengths; 0 is an empty document, and leaves none."""
+    start, end = [], []
+    for row in lengths:
+        at, starts, ends = 0, [], []
+        for n in row:
+            starts += [at] * n
+            ends += [at + n] * n
+            at += n
+        start.append(starts)
+        end.append(ends)
+    return torch.tensor(start, dtype=torch.int32, device=device), torch.tensor(end, dtype=torch.int32, device=device)
+
+
+def random_packing(T: int, generator: torch.Generator) -> list[int]:
+    """Lengths that sum to T: of a geometric kind whose mean is itself drawn, with empty and single-token ones."""
+    mean = int(torch.randint(1, T, (1,), generator=generator))
+    lengths: list[int] = []
+    while sum(lengths) < T:
+        n = int(torch.rand(1, generator=generator).log().neg() * mean)
+        lengths.append(min(n, T - sum(lengths)))
+    return lengths
+
+
+Results = dict[str, Tensor]
+
+
+def run(
+    f: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, do: Tensor, documents: flash.Documents | None
+) -> Results:
+    """f's output and its three gradients."""
+    q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
+    o = f(q, k, v, documents)
+    o.backward(do)
+    return {"o": o.detach(), "dq": q.grad, "dk": k.grad, "dv": v.grad}
+
+
+def three(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, documents: flash.Documents | None
+) -> tuple[Results, Results, Results]:
+    """By the kernels, by plain torch in the same dtype, by plain torch in fp64."""
+    return (
+        run(flash.attention, q, k, v, do, documents),
+        run(reference.attention, q, k, v, do, documents),
+        run(reference.attention, *(t.double() for t in (q, k, v, do)), documents),
+    )
+
+
+@pytest.mark.parametrize(
+    ("T", "H", "G", "K", "dtype", "cut", "packed"),
+    [
+        (200, 4, 4, 64, BF16, SQUARE, True),
+        (200, 4, 4, 64, F16, TALL, False),
+        (131, 4, 1, 128, BF16, WIDE, True),
+        (131, 4, 1, 128, F32, SQUARE, True),
+        (97, 8, 1, 32, F16, TALL, True),
+        (97, 8, 1, 32, F32, WIDE, False),
+        (256, 4, 2, 64, F32, TALL, True),
+        (256, 4, 2, 64, BF16, SQUARE, False),
+        (77, 4, 1, 96, BF16, SQUARE, True),
+        (77, 2, 2, 96, F16, WIDE, False),
+        (65, 2, 1, 80, F32, WIDE, True),
+        (33, 2, 1, 8, F16, SQUARE, True),
+        (1, 4, 2, 32, F32, SQUARE, False),
+        (17, 3, 1, 16, BF16, SQUARE, True),
+    ],
+)
+def test_forward_and_gradients(
+    T: int,
+    H: int,
+    G: int,
+    K: int,
+    dtype: torch.dtype,
+    cut: Tiles,
+    packed: bool,
+    normal: Normal,
+    no_worse: Check,
+    tiles: Callable[[Tiles], None],
+    device: torch.device,
+) -> None:
+    tiles(cut)
+    q, k, v = (normal(1, T, heads, K, seed=i, dtype=dtype) for i, heads in enumerate((H, G, G)))
+    documents = borders([random_packing(T, torch.Generator().manual_seed(T))], device) if packed else None
+    ours, torchs, exact = three(q, k, v, normal(1, T, H, K, seed=9, dtype=dtype), documents)
+    for name in exact:
+        no_worse(name, ours[name], torchs[name], exact[name])
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("seed", range(4))
+def test_random_packings(
+    seed: int,
+    dtype: torch.dtype,
+    normal: Normal,
+    no_worse: Check,
+    tiles: Callable[[Tiles], None],
+    device: torch.device,
+) -> None:
+    """Eight packings a case, 32 in all for each dtype, each row judged by itself."""
+    B, T, H, G, K = 8, 83, 2, 1, 32
+    tiles((SQUARE, TALL, WIDE, Tiles(16, 16, 4, 1))[seed])
+    generator = torch.Generator().manual_seed(seed)
+    documents = borders([random_packing(T, generator) for _ in range(B)], device)
+    q, k, v = (normal(B, T, heads, K, seed=seed + i, dtype=dtype) for i, heads in enumerate((H, G, G)))
+    ours, torchs, exact = three(q, k, v, normal(B, T, H, K, seed=seed + 9, dtype=dtype), documents)
+    for name in exact:
+        for b in range(B):
+            no_worse(f"{name} of row {b}", ours[name][b], torchs[name][b], exact[name][b])
+
+
+@pytest.mark.parametrize(
+    "lengths", [[96], [1] * 96, [0, 95, 0, 1], [1, 95], [32, 32, 32], [31, 33, 1, 31], [64, 0, 0, 32]]
+)
+def test_borders_on_and_beside_the_tiles(
+    lengths: list[int], normal: Normal, no_worse: Check, tiles: Callable[[Tiles], None], device: torch.device
+) -> None:
+    tiles(SQUARE)
+    q, k, v, do = (normal(1, 96, 2, 16, seed=i) for i in range(4))
+    ours, torchs, exact = three(q, k, v, do, borders([lengths], device))
+    for name in exact:
+        no_worse(name, ours[name], torchs[name], exact[name])
+
+
+def test_packed_is_each_document_by_itself(
+    normal: Normal, no_worse: Check, tiles: Callable[[Tiles], None], device: torch.device
+) -> None:
+    tiles(TALL)
+    lengths = [40, 1, 77, 12]
+    q, k, v, do = (normal(1, 130, 4 if i in (0, 3) else 2, 32, seed=i) for i in range(4))
+    packed = run(flash.attention, q, k, v, do, borders([lengths], device))
+    at = 0
+    for n in lengths:
+        part = [t[:, at : at + n] for t in (q, k, v, do)]
+        alone, torchs, exact = three(*part, None)
+        for name in exact:
+            no_worse(f"{name} of the document at {at}", packed[name][:, at : at + n], torchs[name], exact[name])
+            no_worse(f"{name} alone", alone[name], torchs[name], exact[name])
+        at += n
+
+
+def test_no_row_depends_on_the_batch_around_it(normal: Normal, device: torch.device) -> None:
+    """Bit for bit: what a row gives alone, in a batch, and on a second run."""
+    q, k, v, do = (normal(3, 70, 4 if i in (0, 3) else 2, 32, seed=i, dtype=F16) for i in range(4))
+    documents = borders([[70], [10, 60], [1, 1, 30, 38]], device)
+    together = run(flash.attention, q, k, v, do, documents)
+    again = run(flash.attention, q, k, v, do, documents)
+    alone = [
+        run(flash.attention, *(t[b : b + 1] for t in (q, k, v, do)), tuple(d[b : b + 1] for d in documents))
+        for b in range(3)
+    ]
+    for name, value in together.items():
+        assert torch.equal(value, again[name]), name
+        assert torch.equal(value, torch.cat([r[name] for r in alone])), name
+
+
+def test_a_document_touches_no_other(normal: Normal, device: torch.device) -> None:
+    """Other values in one document leave every bit of the others' output and gradients as it was."""
+    q, k, v, do = (normal(1, 60, 2, 16, seed=i) for i in range(4))
+    documents = borders([[20, 25, 15]], device)
+    clean = run(flash.attention, q, k, v, do, documents)
+    for t in (q, k, v, do):
+        t[:, 20:45] *= -1000
+    dirty = run(flash.attention, q, k, v, do, documents)
+    for name, value in clean.items():
+        assert torch.equal(value[:, :20], dirty[name][:, :20]), name
+        assert torch.equal(value[:, 45:], dirty[name][:, 45:]), name
+        assert not torch.equal(value[:, 20:45], dirty[name][:, 20:45]), name
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_queries_behind_a_cache(
+    padded: bool, normal: Normal, no_worse: Check, tiles: Callable[[Tiles], None], device: torch.device
+) -> None:
+    """T queries at the end of S keys, the cache handed over as views of a longer one; left padding as in a batch."""
+    tiles(TALL)
+    B, T, S, H, G, K = 2, 45, 110, 4, 2, 32
+    held = [normal(B, G, 128, K, seed=i)[:, :, :S].transpose(1, 2) for i in (1, 2)]
+    q, do = normal(B, T, H, K), normal(B, T, H, K, seed=9)
+    documents = None
+    if padded:
+        pad = torch.tensor([[13], [0]], device=device)
+        start = torch.where(torch.arange(S, device=device) < pad, 0, pad).int()
+        documents = (start, torch.full_like(start, S))
+    ours, torchs, exact = three(q, *held, do, documents)
+    for name in exact:
+        no_worse(name, ours[name], torchs[name], exact[name])
+
+
+def test_strided_inputs_and_an_expanded_gradient(normal: Normal, no_worse: Check) -> None:
+    """Heads cut from one fused product, and the gradient of a sum, whose strides are 0."""
+    B, T, H, G, K = 2, 50, 4, 2, 16
+    fused = normal(B, T, H + 2 * G, K)
+    q, k, v = fused.split((H, G, G), dim=2)
+    do = torch.ones((), device=fused.device).expand(B, T, H, K)
+    assert not q.is_contiguous()
+    ours, torchs, exact = three(q, k, v, do, None)
+    for name in exact:
+        no_worse(name, ours[name], torchs[name], exact[name])
+
+
+@pytest.mark.parametrize("fewer", [False, True])
+def test_rows_beyond_two_to_the_31_elements(fewer: bool, vast: Callable[..., Tensor], normal: Normal) -> None:
+    """Batch rows, positions and heads that lie far apart: every offset is 64 bits wide."""
+    B, T, H, K = 2, 5, 2, 16
+    S = 9 if fewer else T
+    for shape_of_steps in range(3):
+        near = [normal(B, t, H, K, seed=i, dtype=F16) for i, t in enumerate((T, S, S))]
+        far = []
+        for t in near:
+            order = [0, 1, 2]
+            order.insert(0, order.pop(shape_of_steps))
+            place = vast(t.shape[order[0]], 64 * t.shape[order[1]] * t.shape[order[2]], dtype=F16)
+            view = place.as_strided(
+                [t.shape[i] for i in order] + [K], [place.stride(0), t.shape[order[2]] * K, K, 1]
+            ).permute(*[order.index(i) for i in range(3)], 3)
+            view.copy_(t)
+            far.append(view)
+        f = decode.attention if fewer else flash.attention
+        assert torch.equal(f(*far), f(*near))
+        if not fewer:
+            do = normal(B, T, H, K, seed=7, dtype=F16)
+            ours, want = run(flash.attention, *far, do, None), run(flash.attention, *near, do, None)
+            assert all(torch.equal(ours[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize(
+    ("B", "T", "S", "H", "G", "K", "dtype", "padded"),
+    [
+        (1, 1, 2, 4, 4, 64, F32, False),
+        (2, 1, 300, 8, 1, 128, BF16, True),
+        (3, 1, 777, 4, 1, 64, F16, True),
+        (2, 7, 513, 4, 2, 96, BF16, False),
+        (1, 8, 256, 8, 1, 32, F32, True),
+        (1, 3, 40, 2, 2, 24, F16, True),
+    ],
+)
+def test_decode(
+    B: int,
+    T: int,
+    S: int,
+    H: int,
+    G: int,
+    K: int,
+    dtype: torch.dtype,
+    padded: bool,
+    normal: Normal,
+    no_worse: Check,
+    device: torch.device,
+) -> None:
+    q, k, v = (normal(B, t, h, K, seed=i, dtype=dtype) for i, (t, h) in enumerate(((T, H), (S, G), (S, G))))
+    documents = None
+    if padded:
+        pad = torch.randint(0, S - T, (B, 1), generator=torch.Generator().manual_seed(S)).to(device)
+        start = torch.where(torch.arange(S, device=device) < pad, 0, pad).int()
+        documents = (start, torch.full_like(start, S))
+    assert decode.takes(q, k)
+    o = decode.attention(q, k, v, documents)
+    exact = reference.attention(*(t.double() for t in (q, k, v)), documents)
+    no_worse("o", o, reference.attention(q, k, v, documents), exact)
+    assert torch.equal(o, decode.attention(q, k, v, documents))
+    for b in range(B):
+        row = tuple(d[b : b + 1] for d in documents) if documents else None
+        assert torch.equal(o[b : b + 1], decode.attention(q[b : b + 1], k[b : b + 1], v[b : b + 1], row))
+
+
+def test_decode_takes_few_queries_behind_a_cache(normal: Normal) -> None:
+    q, k = normal(1, 8, 8, 16), normal(1, 20, 1, 16)
+    assert decode.takes(q, k)
+    assert not decode.takes(normal(1, 9, 8, 16), k), "72 rows"
+    assert not decode.takes(q, normal(1, 8, 1, 16)), "no cache"
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    T=st.integers(1, 70),
+    past=st.integers(0, 40),
+    heads=st.sampled_from([(1, 1), (4, 1), (8, 1), (4, 4), (6, 2)]),
+    K=st.sampled_from([16, 20, 32]),
+    cut=st.sampled_from([SQUARE, TALL, WIDE]),
+    data=st.data(),
+)
+def test_any_shape_and_packing(
+    T: int,
+    past: int,
+    heads: tuple[int, int],
+    K: int,
+    cut: Tiles,
+    data: st.DataObject,
+    normal: Normal,
+    device: torch.device,
+    tiles: Callable[[Tiles], None],
+) -> None:
+    tiles(cut)
+    (H, G), S = heads, T + past
+    borders_at = sorted(data.draw(st.sets(st.integers(1, S), max_size=8)) | {S})
+    lengths = [b - a for a, b in zip([0, *borders_at], borders_at, strict=False)]
+    q, k, v = (normal(1, t, h, K, seed=T + i) for i, (t, h) in enumerate(((T, H), (S, G), (S, G))))
+    ours, torchs, exact = three(q, k, v, normal(1, T, H, K, seed=9), borders([lengths], device))
+    for name, want in exact.items():
+        # Few numbers and sums of a few terms: single cases have single roundings, so both have a floor of a few units.
+        scale = want.norm().item() or 1.0
+        error, peer = ((r[name].double() - want).norm().item() / scale for r in (ours, torchs))
+        assert error <= max(1.3 * peer, 4e-7), (name, error, peer)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_operators_keep_torch_contracts(packed: bool, normal: Normal, device: torch.device) -> None:
+    q, k, v = (normal(1, 9, h, 16, seed=i).requires_grad_() for i, h in enumerate((4, 2, 2)))
+    documents = borders([[4, 5]], device) if packed else (None, None)
+    torch.library.opcheck(flash.attention_forward, (q, k, v, *documents))
+    o, lse = (t.detach() for t in flash.attention_forward(q, k, v, *documents))
+    q, k, v = (t.detach() for t in (q, k, v))
+    torch.library.opcheck(flash.attention_backward, (o, q, k, v, o, lse, *documents))
+    torch.library.opcheck(decode.attention_decode, (q[:, 8:], k, v, documents[0]))
+
+
+def test_compiles_without_graph_breaks(normal: Normal, device: torch.device) -> None:
+    q, k, v, do = (normal(1, 20, 4 if i in (0, 3) else 2, 16, seed=i) for i in range(4))
+    documents = borders([[8, 12]], device)
+    compiled = torch.compile(flash.attention, fullgraph=True, backend="aot_eager")
+    plain, traced = run(flash.attention, q, k, v, do, documents), run(compiled, q, k, v, do, documents)
+    assert all(torch.equal(plain[name], traced[name]) for name in plain)
