@@ -102,9 +102,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Gradients are made with the loss, chunk by chunk, so that no more than LOGITS_BYTES of logits ever live."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-        kept = (targets != ignore_index).nonzero().squeeze(1)
+    def forward(
+        ctx: FunctionCtx, x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, token_weights: Tensor | None
+    ) -> Tensor:
+        counts = targets != ignore_index
+        if token_weights is not None:
+            counts &= token_weights != 0
+        kept = counts.nonzero().squeeze(1)
         x_kept, t_kept = x.index_select(0, kept), targets.index_select(0, kept)
+        weights = None if token_weights is None else token_weights.index_select(0, kept)[:, None]
         need_x, need_w = ctx.needs_input_grad[:2]
         dx = torch.zeros_like(x) if need_x else None
         dw = torch.zeros_like(weight, dtype=torch.float32) if need_w else None
@@ -114,11 +120,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             xc, tc = x_kept[i : i + rows], t_kept[i : i + rows, None]
             logits = F.linear(xc, weight).float()
             lse = torch.logsumexp(logits, dim=1, keepdim=True)
-            loss += (lse - logits.gather(1, tc)).sum()
+            losses = lse - logits.gather(1, tc)
+            wc = None if weights is None else weights[i : i + rows]
+            loss += losses.sum() if wc is None else (losses * wc).sum()
             if not (need_x or need_w):
                 continue
             p = logits.sub_(lse).exp_()
             p.scatter_add_(1, tc, torch.full_like(lse, -1.0))
+            if wc is not None:
+                p *= wc
             p = p.to(x.dtype)
             if dx is not None:
                 dx.index_copy_(0, kept[i : i + rows], p @ weight)
@@ -132,18 +142,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         saved = list(ctx.saved_tensors)
         need_x, need_w, dtype = ctx.needs
         dx = saved.pop(0) * grad if need_x else None
         dw = (saved.pop(0) * grad).to(dtype) if need_w else None
-        return (None if dx is None else dx.to(dtype)), dw, None, None
+        return (None if dx is None else dx.to(dtype)), dw, None, None, None
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
-    """Sum over the rows of cross_entropy(x @ weight.T, targets), fp32 scalar, without ever holding all logits.
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100, token_weights: Tensor | None = None
+) -> Tensor:
+    """Sum over the rows of token_weights * cross_entropy(x @ weight.T, targets), fp32, without ever holding all logits.
 
-    x (N, D), weight (V, D), targets (N,) int64; rows whose target is ignore_index count nothing and cost nothing.
-    Softmax and sum in fp32. No second derivative.
+    x (N, D), weight (V, D), targets (N,) int64, token_weights (N,) fp32 or None for ones; rows whose target is
+    ignore_index or whose weight is 0 count nothing and cost nothing. Softmax and sum in fp32. No gradient for
+    token_weights, and no second derivative.
     """
-    return _LinearCrossEntropy.apply(x, weight, targets, ignore_index)
+    return _LinearCrossEntropy.apply(x, weight, targets, ignore_index, token_weights)
