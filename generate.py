@@ -46,6 +46,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; repeatable")
     add("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1, ...")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: as the weights are stored")
+    add("--kernels", default="auto", metavar="K", help="auto (our Triton kernels on a GPU), triton, torch, ...")
     add("--verbose", action="store_true", help="say on stderr what was loaded and which kernels run")
     args = p.parse_args(argv)
     if args.prompt is not None and args.input is not None:
@@ -70,9 +71,12 @@ def load(args: argparse.Namespace) -> Doctor:
     params, max_new_tokens = _settings(args, checkpoint.load_generation(path), path)
     import torch
 
+    import kernels
     from llama.generation import Doctor, lay_out_for_decoding
 
-    model = checkpoint.load_model(path, _device(args.device), args.dtype and getattr(torch, args.dtype)).eval()
+    device = _device(args.device)
+    kernels.use(args.kernels, device)
+    model = checkpoint.load_model(path, device, args.dtype and getattr(torch, args.dtype)).eval()
     lay_out_for_decoding(model)
     doctor = Doctor(
         name=str(path),
@@ -85,9 +89,7 @@ def load(args: argparse.Namespace) -> Doctor:
     )
     doctor.request([doctor.tokenizer.bos_id])  # checks the rest of the settings
     if args.verbose:
-        import kernels
-
-        print(f"{doctor.describe()}\n{kernels.describe()}", file=sys.stderr)
+        print(f"{doctor.describe()}\n{kernels.describe(device)}", file=sys.stderr)
     return doctor
 
 

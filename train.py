@@ -509,6 +509,7 @@ def execute(args: TrainArguments, world: World) -> int:
     """The run that the flags describe; its exit status."""
     output_dir = Path(args.output_dir)
     check_output_dir(args, output_dir)
+    kernels.use(args.kernels, world.device)
     if args.tf32:
         torch.set_float32_matmul_precision("high")
     torch.manual_seed(args.seed)
@@ -528,7 +529,7 @@ def execute(args: TrainArguments, world: World) -> int:
     model = build_model(args, source, world)
     run = Run(args, world, source, batches, model, build_optimizer(args, model), output_dir)
     where = f"{world.size} x {world.device.type}" if world.size > 1 else str(world.device)
-    say(world, f"model: {source.config.n_params():,} parameters on {where}; {kernels.describe()}")
+    say(world, f"model: {source.config.n_params():,} parameters on {where}; {kernels.describe(world.device)}")
     with Stop() as stop:
         if not train(run, stop):
             return 128 + (stop.signal or signal.SIGTERM)  # a rank that was not told follows the one that was

@@ -1,7 +1,9 @@
 """THE seam between the model and its arithmetic: five operations, checked, then sent to an implementation.
 
-Callers say `kernels.attention(...)`; which code runs is chosen per call, reported by describe() and set by use().
-Tensors and floats in, tensors out: nothing here knows a model. The numerics are defined in reference.py.
+Callers say `kernels.attention(...)`; which code runs is chosen per call, reported by describe() and set by use():
+the Triton kernels where they can run, else plain PyTorch (reference.py, which defines the numerics). Tensors and
+floats in, tensors out: nothing here knows a model. Triton and the kernel files are imported by the first call that
+needs them, so a CPU run never loads them.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import reference
+from kernels import launch, peers, reference
 from kernels.reference import Documents
 
 __all__ = [
@@ -24,36 +26,114 @@ __all__ = [
     "use",
 ]
 
-BACKENDS = ("auto", "torch")
+BACKENDS = ("auto", "triton", "torch", *peers.NAMES)
 
 _wanted = "auto"
 
 
-def use(backend: str) -> None:
-    """Choose who computes: "auto" or "torch". ValueError for a backend that is not there."""
+def use(backend: str, device: torch.device | str | None = None) -> None:
+    """Choose who computes.
+
+    "auto": our Triton kernels on a GPU that can run them, else PyTorch. "triton", "torch": that, or an error from the
+    call that cannot. A name of peers.NAMES: attention by that implementation, the rest as auto.
+    ValueError for a backend that is not there, or that cannot run on the device given.
+    """
     global _wanted
     if backend not in BACKENDS:
         raise ValueError(f"kernels: no backend {backend!r}; there are {', '.join(BACKENDS)}")
+    if device is not None and (reason := _why_not(backend, torch.device(device))):
+        raise ValueError(f"kernels: {backend} was asked for, but {reason}")
     _wanted = backend
 
 
-def describe() -> str:
-    """One line: what runs, and why."""
-    why = "asked for" if _wanted == "torch" else "the only backend of this version"
-    return f"kernels: torch {torch.__version__} ({why})"
+def describe(device: torch.device | str = "cpu") -> str:
+    """One line: what runs on this device, and why."""
+    device = torch.device(device)
+    pytorch = f"torch {torch.__version__}"
+    if _wanted == "torch":
+        return f"kernels: {pytorch} (asked for)"
+    reason = launch.why_not(device)
+    if reason is None and (device.type == "cuda" or _wanted == "triton"):
+        import triton
+
+        where = "in its interpreter" if launch.interpreting() else f"on sm_{launch.architecture(device)}"
+        rest = f"triton {triton.__version__} {where}"
+    else:
+        rest = f"{pytorch} ({'CPU' if device.type == 'cpu' else reason})"
+    return f"kernels: {rest}" if _wanted not in peers.NAMES else f"kernels: attention by {_wanted}, the rest by {rest}"
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Scale each vector of x (..., D) to root mean square 1, then by weight (D,). See reference.rms_norm."""
+def _why_not(backend: str, device: torch.device) -> str | None:
+    if backend in peers.NAMES:
+        return peers.why_not(backend)
+    return launch.why_not(device) if backend == "triton" else None
+
+
+def _by_triton(operation: str, x: Tensor, *others: Tensor) -> bool:
+    """Whether this call goes to a Triton kernel; ValueError where it was asked for and cannot."""
+    if any(t.dtype != x.dtype or t.device != x.device for t in others):
+        found = ", ".join(f"{str(t.dtype).removeprefix('torch.')} on {t.device}" for t in (x, *others))
+        raise ValueError(f"{operation}: tensors of one dtype and device are needed, not {found}: convert with .to()")
+    if _wanted == "torch" or not (x.is_cuda or _wanted == "triton"):
+        return False
+    reason = launch.why_not(x.device)
+    if reason is None and x.dtype not in launch.DTYPES:
+        reason = f"{x.dtype} has no kernel: use float32, bfloat16, float16, or the torch backend"
+    return _decided(operation, reason)
+
+
+def _decided(operation: str, reason: str | None) -> bool:
+    """True for a Triton kernel; False where a reason speaks against it; ValueError if Triton was asked for by name."""
+    if reason is not None and _wanted == "triton":
+        raise ValueError(f"{operation}: triton was asked for, but {reason}")
+    return reason is None
+
+
+def _check_last_dimension(operation: str, *tensors: Tensor) -> None:
+    for t in tensors:
+        if t.stride(-1) != 1 and t.shape[-1] > 1:
+            raise ValueError(
+                f"{operation}: the last dimension of {tuple(t.shape)} with strides {t.stride()} is not contiguous: "
+                "call .contiguous() on it first"
+            )
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    """Scale each vector of x (..., D) to root mean square 1, then by weight (D,). See reference.rms_norm.
+
+    With a residual of x's shape: (h, norm of h) for h = x + residual, the stream and what the next layer reads of it.
+    """
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"rms_norm: weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}")
-    return reference.rms_norm(x, weight, eps)
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"rms_norm: residual {tuple(residual.shape)} does not fit x {tuple(x.shape)}")
+    if _by_triton("rms_norm", x, weight, *(() if residual is None else (residual,))):
+        from kernels import norm
+
+        long = x.shape[-1] > norm.LARGEST
+        if _decided(
+            "rms_norm", f"rows of {x.shape[-1]} exceed its {norm.LARGEST}: use the torch backend" if long else None
+        ):
+            _check_last_dimension("rms_norm", x, weight, *(() if residual is None else (residual,)))
+            return norm.rms_norm(x, weight, eps) if residual is None else norm.add_rms_norm(x, residual, weight, eps)
+    if residual is None:
+        return reference.rms_norm(x, weight, eps)
+    h = x + residual
+    return h, reference.rms_norm(h, weight, eps)
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotate q (B, T, H, K) and k (B, T, G, K) by cos, sin (T, K/2) or (B, T, K/2) fp32. See reference.rope."""
-    if cos.shape[-2:] != (q.shape[1], q.shape[3] // 2) or cos.shape != sin.shape:
+    B, T, _, K = q.shape
+    if k.shape[:2] != (B, T) or k.shape[3] != K or K % 2:
+        raise ValueError(f"rope: q {tuple(q.shape)} and k {tuple(k.shape)} do not fit together")
+    if cos.shape[-2:] != (T, K // 2) or cos.shape != sin.shape or (cos.ndim == 3 and cos.shape[0] not in (1, B)):
         raise ValueError(f"rope: tables {tuple(cos.shape)} do not fit q {tuple(q.shape)}")
+    if _by_triton("rope", q, k):
+        from kernels import rotary
+
+        _check_last_dimension("rope", q, k, cos, sin)
+        return rotary.rope(q, k, cos, sin)
     return reference.rope(q, k, cos, sin)
 
 
@@ -61,6 +141,11 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up for tensors of one shape. See reference.swiglu."""
     if gate.shape != up.shape:
         raise ValueError(f"swiglu: gate {tuple(gate.shape)} and up {tuple(up.shape)} differ")
+    if _by_triton("swiglu", gate, up):
+        from kernels import gate as gating
+
+        _check_last_dimension("swiglu", gate, up)
+        return gating.swiglu(gate, up)
     return reference.swiglu(gate, up)
 
 
@@ -72,14 +157,34 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = Non
         raise ValueError(f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit together")
     if documents is not None and any(d.shape != (B, S) or d.dtype != torch.int32 for d in documents):
         raise ValueError(f"attention: documents must be two int32 tensors of shape {(B, S)}")
+    if _wanted in peers.NAMES:
+        return peers.attention(_wanted)(q, k, v, documents)
+    if _by_triton("attention", q, k, v):
+        from kernels import decode, flash
+
+        if _decided("attention", flash.why_not(q, k, v, documents)):
+            few = decode.takes(q, k) and not (torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)))
+            return (decode if few else flash).attention(q, k, v, documents)
     return reference.attention(q, k, v, documents)
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
-    """Summed cross-entropy of x (N, D) @ weight (V, D).T against targets (N,). See reference.linear_cross_entropy."""
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100, token_weights: Tensor | None = None
+) -> Tensor:
+    """Summed cross-entropy of x (N, D) @ weight (V, D).T against targets (N,). See reference.linear_cross_entropy.
+
+    token_weights (N,) fp32: each row's loss counts so many times.
+    """
     N, D = x.shape
     if weight.shape[1] != D or targets.shape != (N,):
         raise ValueError(
             f"linear_cross_entropy: x {tuple(x.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)}"
         )
-    return reference.linear_cross_entropy(x, weight, targets, ignore_index)
+    if token_weights is not None and (token_weights.shape != (N,) or token_weights.dtype != torch.float32):
+        raise ValueError(f"linear_cross_entropy: token_weights must be float32 of shape {(N,)}")
+    if _by_triton("linear_cross_entropy", x, weight):
+        from kernels import loss
+
+        _check_last_dimension("linear_cross_entropy", x, weight)
+        return loss.linear_cross_entropy(x, weight, targets, ignore_index, token_weights)
+    return reference.linear_cross_entropy(x, weight, targets, ignore_index, token_weights)

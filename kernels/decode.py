@@ -54,7 +54,13 @@ def attention_part_kernel(
     j = tl.arange(0, BLOCK_K)
     t, h = r // GROUP, g * GROUP + r % GROUP
     real = r < T * GROUP
-    at = Q + b * q_strides[0] + t.to(tl.int64)[:, None] * q_strides[1] + h[:, None] * q_strides[2] + j[None, :]
+    at = (
+        Q
+        + b * q_strides[0]
+        + t.to(tl.int64)[:, None] * q_strides[1]
+        + h.to(tl.int64)[:, None] * q_strides[2]
+        + j[None, :]
+    )
     q = tl.load(at, mask=real[:, None] & (j[None, :] < HEAD), other=0.0)
     position = S - T + t
     first = tl.zeros([BLOCK_R], tl.int32)

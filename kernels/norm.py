@@ -180,9 +180,7 @@ def _gradient_rows(g: Tensor) -> Tensor:
     return g.view(-1, g.shape[-1]) if g.is_contiguous() else g.reshape(-1, g.shape[-1]).contiguous()
 
 
-def _forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
-) -> tuple[Tensor | None, Tensor, Tensor]:
+def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor | None, Tensor, Tensor]:
     """h where there is a residual, y, and r fp32 in the shape of x's rows."""
     D = x.shape[-1]
     if D > LARGEST:
@@ -234,9 +232,7 @@ def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, 
 
 
 @torch.library.custom_op("chatdoctor::rms_norm_backward", mutates_args=())
-def rms_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dh: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dh: Tensor | None) -> tuple[Tensor, Tensor]:
     """dx in x.dtype, dh added where there is one, and dw in weight.dtype. x is what was normed."""
     D = x.shape[-1]
     rows, gradient = _rows(x, "x"), _gradient_rows(dy)

@@ -87,6 +87,7 @@ class TrainArguments:
     gradient_checkpointing: bool = flag(False, "recompute each block in backward instead of keeping its activations")
     torch_compile: bool = flag(False, "compile each block with torch.compile")
     device: str = flag("auto", "auto, cpu or cuda")
+    kernels: str = flag("auto", "auto (our Triton kernels where they can run, else PyTorch), triton, torch, ...")
 
     # saving, logging, evaluation
     save_strategy: str = flag("steps", "when to save a checkpoint", choices=STRATEGIES)

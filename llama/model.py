@@ -31,8 +31,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(D))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return kernels.rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """The norm of x; with a residual, their sum and its norm."""
+        return kernels.rms_norm(x, self.weight, self.eps, residual)
 
 
 class Attention(nn.Module):
@@ -93,8 +94,8 @@ class Block(nn.Module):
         documents: kernels.Documents | None = None,
         memory: Memory | None = None,
     ) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), rotation, documents, memory)
-        return x + self.mlp(self.mlp_norm(x))
+        x, y = self.mlp_norm(self.attn(self.attn_norm(x), rotation, documents, memory), x)
+        return x + self.mlp(y)
 
 
 # What a cached layer calls with its new k and v to get all of them.

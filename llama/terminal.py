@@ -183,7 +183,7 @@ class Chat:
             notice(f"saved {len(self.turns)} messages to {path}")
 
     def _stats(self, _: str) -> None:
-        notice(f"{self.doctor.describe()}\n{kernels.describe()}")
+        notice(f"{self.doctor.describe()}\n{kernels.describe(self.doctor.model.embed.weight.device)}")
         used, limit = len(self.context.ids), self.doctor.model.config.max_seq_len
         notice(f"dialogue: {len(self.turns) // 2} turns; context: {used:,} of {limit:,} tokens")
         a = self.last

@@ -171,6 +171,8 @@ def test_verbose_says_which_kernels_run(generate: Generate) -> None:
         (["--prompt", "x", "--device", "cuda:99"], "--device cuda:99"),
         (["--prompt", "x", "--device", "toaster"], "--device toaster"),
         (["--prompt", "x", "--device", "meta"], "--device meta"),
+        (["--prompt", "x", "--kernels", "triton"], "triton was asked for, but the tensors are on cpu"),
+        (["--prompt", "x", "--kernels", "metal"], "no backend 'metal'; there are auto, triton"),
         (["--prompt", ""], "prompt is empty"),
         (["--prompt", "a\udcffb"], "not valid Unicode"),
         (["--prompt", "pain " * 300], "tokens long and the model's context holds 128"),

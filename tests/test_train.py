@@ -157,6 +157,11 @@ def test_builtin_defaults_hold_only_without_data() -> None:
         (["--data_path", "a", "b", "--data_weights", "1"], "1 numbers for 2 files"),
         (["--fsdp", "offload"], "offload is not supported"),
         (["--evaluation_strategy", "steps", "--data_path", "a"], "give --eval_fraction"),
+        (["--kernels", "triton", "--device", "cpu", "--output_dir", "out/none"], "triton was asked for, but"),
+        (
+            ["--kernels", "cuda", "--device", "cpu", "--output_dir", "out/none"],
+            "no backend 'cuda'; there are auto, triton",
+        ),
     ],
 )
 def test_values_that_cannot_work_are_named(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -202,6 +202,15 @@ def test_a_document_touches_no_other(normal: Normal, device: torch.device) -> No
         assert not torch.equal(value[:, 20:45], dirty[name][:, 20:45]), name
 
 
+def test_hidden_values_of_any_size_count_nothing(normal: Normal, device: torch.device) -> None:
+    """A row whose document begins late walks over others' keys first: two weights of 1 there would add up to inf."""
+    q, k, v = (normal(1, 40, 1, 16, seed=i) for i in range(3))
+    documents = borders([[15, 25]], device)
+    clean = flash.attention(q, k, v, documents)[:, 15:]
+    v[:, :15] = 3e38
+    assert torch.equal(flash.attention(q, k, v, documents)[:, 15:], clean)
+
+
 @pytest.mark.parametrize("padded", [False, True])
 def test_queries_behind_a_cache(
     padded: bool, normal: Normal, no_worse: Check, tiles: Callable[[Tiles], None], device: torch.device
@@ -235,8 +244,11 @@ def test_strided_inputs_and_an_expanded_gradient(normal: Normal, no_worse: Check
 
 @pytest.mark.parametrize("fewer", [False, True])
 def test_rows_beyond_two_to_the_31_elements(fewer: bool, vast: Callable[..., Tensor], normal: Normal) -> None:
-    """Batch rows, positions and heads that lie far apart: every offset is 64 bits wide."""
-    B, T, H, K = 2, 5, 2, 16
+    """Batch rows, positions and heads that lie far apart: every offset is 64 bits wide.
+
+    Three of each, 2^30 apart, so that the steps themselves fit 32 bits and only their products do not.
+    """
+    B, T, H, K = 3, 5, 3, 16
     S = 9 if fewer else T
     for shape_of_steps in range(3):
         near = [normal(B, t, H, K, seed=i, dtype=F16) for i, t in enumerate((T, S, S))]
