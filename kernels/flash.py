@@ -98,10 +98,10 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> str
             f"multiples of {step} up to {LARGEST_HEAD}; use the torch backend"
         )
     for name, t in (("q", q), ("k", k), ("v", v)):
-        if t.stride(3) != 1 or any(s % step for s in (*t.stride()[:3], t.storage_offset())):
+        if t.stride(3) != 1 or any(s % step for s in t.stride()[:3]):
             return (
-                f"{name} has strides {t.stride()} from offset {t.storage_offset()}, and the kernel needs a contiguous "
-                f"last dimension and multiples of {step}: call .contiguous() on it"
+                f"{name} has strides {t.stride()}, and the kernel needs a contiguous last dimension and multiples of "
+                f"{step} before it: call .contiguous() on it"
             )
     if documents is not None and not all(d.is_contiguous() and d.device == q.device for d in documents):
         return f"the documents' borders are not contiguous tensors on {q.device}: call .to(device).contiguous() on them"
@@ -463,6 +463,9 @@ def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, end: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """o (B, T, H, K) in q.dtype and the base-2 log-sum-exp of the scores, fp32 (B, H, T). end only passes through."""
+    for t in (q, k, v):  # asked here, since torch.compile cannot trace an address
+        if t.data_ptr() % 16:
+            raise ValueError("attention: q, k and v must start at a multiple of 16 bytes: call .contiguous() on them")
     B, T, H, K = q.shape
     o = q.new_empty(B, T, H, K)
     lse = q.new_empty(B, H, T, dtype=torch.float32)

@@ -31,6 +31,11 @@ def why_not(device: torch.device) -> str | None:
     return f"the tensors are on {device.type}, and Triton needs a CUDA device: use --device cuda, or the torch backend"
 
 
+# What torch.compiler.assume_constant_result does, which would import all of Dynamo here: a device does not change, so
+# a traced call is answered while tracing.
+why_not._dynamo_marked_constant = True
+
+
 @cache
 def _why_not_cuda(index: int) -> str | None:
     if torch.version.hip is not None:

@@ -279,6 +279,7 @@ def test_rows_beyond_two_to_the_31_elements(fewer: bool, vast: Callable[..., Ten
         (2, 7, 513, 4, 2, 96, BF16, False),
         (1, 8, 256, 8, 1, 32, F32, True),
         (1, 3, 40, 2, 2, 24, F16, True),
+        (1, 1, 4500, 2, 1, 16, F32, False),  # more parts than are joined at a time
     ],
 )
 def test_decode(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,6 +85,16 @@ def test_compiles_through_the_seam_without_graph_breaks(name: str, normal: Norma
         assert torch.equal(a, b)
 
 
+def test_what_is_asked_of_the_device_is_no_part_of_a_graph(normal: Normal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking for triton and asking the driver cannot be traced; nor could this."""
+    asked = []
+    monkeypatch.setattr(launch, "interpreting", lambda: asked.append(Path(__file__).stat()) or True)
+    torch._dynamo.reset()
+    x = normal(4, 6)
+    torch.compile(kernels.swiglu, fullgraph=True, backend="eager")(x, x)
+    assert asked
+
+
 def test_a_gradient_goes_through_the_forward_that_has_one(normal: Normal) -> None:
     """Few queries behind a cache, but wanted with a gradient."""
     q, k = normal(1, 1, 2, 16).requires_grad_(), normal(1, 6, 2, 16, seed=1)
@@ -104,7 +115,11 @@ def test_a_gradient_goes_through_the_forward_that_has_one(normal: Normal) -> Non
             r"a head of 2 does not fit|contiguous",
         ),
         (lambda n: kernels.attention(n(1, 4, 16, 32).mT, *[n(1, 4, 32, 16)] * 2), r"call \.contiguous\(\)"),
-        (lambda n: kernels.attention(*[n(1, 4, 2, 17)[..., 1:]] * 3), r"offset 1.*multiples of 4: call \.contiguous"),
+        (lambda n: kernels.attention(*[n(1, 4, 2, 17)[..., 1:]] * 3), r"multiples of 4 before it: call \.contiguous"),
+        (
+            lambda n: kernels.attention(*[n(1, 4, 2, 24).view(-1)[1:129].view(1, 4, 2, 16)] * 3),
+            r"multiple of 16 bytes: call \.contiguous",
+        ),
         (lambda n: kernels.swiglu(n(4, 6).T, n(4, 6).T), r"swiglu: the last dimension.*\.contiguous\(\)"),
         (lambda n: kernels.rms_norm(n(4, 6).T, n(4), 1e-5), r"rms_norm: the last dimension"),
         (lambda n: kernels.rms_norm(n(4, 6), n(6, dtype=torch.bfloat16), 1e-5), "float32 on .*bfloat16 on"),
