@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -37,10 +38,10 @@ def commit() -> str:
     return git("rev-parse", "HEAD") + (" with changes" if git("status", "--porcelain", "--untracked-files=no") else "")
 
 
-def write(path: Path, results: Any, **facts: Any) -> None:
-    """Write a result file and print where it is."""
+def write(path: Path, results: Any, one_line_each: bool = False, **facts: Any) -> None:
+    """Write a result file and print where it is. one_line_each: a line for each innermost object, for long lists."""
     versions = {"python": platform.python_version()}
-    for package in ("torch", "transformers", "safetensors", "numpy", "sentencepiece"):
+    for package in ("torch", "transformers", "safetensors", "numpy", "sentencepiece", "triton"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
@@ -58,5 +59,8 @@ def write(path: Path, results: Any, **facts: Any) -> None:
         "results": results,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=2) + "\n")
+    text = json.dumps(document, indent=2)
+    if one_line_each:
+        text = re.sub(r"\{[^{}]*\}", lambda innermost: " ".join(innermost.group().split()), text)
+    path.write_text(text + "\n")
     print(f"written to {path}")
