@@ -194,10 +194,10 @@ def exact_attention(
     return [Part(lambda outputs, i=i: some(outputs[i]), e) for i, e in enumerate(exact)]
 
 
-def peer(name: str, documents: kernels.Documents | None) -> Callable[..., Tensor]:
-    if why := peers.why_not(name, documents is not None):
+def peer(name: str, device: torch.device, documents: kernels.Documents | None) -> Callable[..., Tensor]:
+    if why := peers.why_not(name, device, documents is not None):
         raise Absent(why)
-    return partial(peers.PEERS[name].attention, documents=documents)
+    return partial(peers.attention, name, documents=documents)
 
 
 def attention(
@@ -216,7 +216,7 @@ def attention(
     return Work(
         {
             "ours": lambda: make(partial(kernels.attention, documents=documents)),
-            **{name: lambda name=name: make(peer(name, documents)) for name in others},
+            **{name: lambda name=name: make(peer(name, s.device, documents)) for name in others},
         },
         lambda: exact_attention(sets[0], gradients[0][0], documents, step),
         B * attention_flops(lengths or [T], H, K, step),
@@ -227,17 +227,16 @@ def attention(
 def decode(s: Setting, *, B: int, S: int, H: int, G: int, K: int) -> Work:
     shapes = ((B, 1, H, K), (B, S, G, K), (B, S, G, K))
     sets = s.sets(lambda seed: [s.normal(*shape, seed=3 * seed + i) for i, shape in enumerate(shapes)])
-    calls = {"ours": kernels.attention, **{n: partial(_late_peer, n) for n in ("sdpa", "sdpa_flash", "flash_attn")}}
+    others = ("sdpa", "sdpa_flash", "flash_attn")
     return Work(
-        {name: lambda f=f: forward(f, sets) for name, f in calls.items()},
+        {
+            "ours": lambda: forward(kernels.attention, sets),
+            **{name: lambda name=name: forward(peer(name, s.device, None), sets) for name in others},
+        },
         lambda: exact_attention(sets[0], sets[0][0], None, "forward"),
         decode_bytes(B, S, H, G, K, s.dtype.itemsize),
         s.tolerance,
     )
-
-
-def _late_peer(name: str, *inputs: Tensor) -> Tensor:
-    return peer(name, None)(*inputs)
 
 
 def decode_bytes(B: int, S: int, H: int, G: int, K: int, itemsize: int) -> float:

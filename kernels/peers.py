@@ -1,8 +1,8 @@
 """Attention by other implementations, by name: what ours is compared with.
 
-Called by the seam (kernels.use(NAME)) and the benches. Each is attention(q, k, v, documents=None) -> o in our layout
-(B, T, heads, K), causal, with grouped queries: the meaning of reference.attention. why_not(NAME) says what an
-implementation lacks here; what it cannot do with the tensors at hand it refuses with ValueError.
+Called by the seam (kernels.use(NAME)) and the benches. Each is f(q, k, v, documents=None) -> o in our layout (B, T,
+heads, K), causal, with grouped queries: the meaning of reference.attention. why_not(NAME) says what an implementation
+lacks here; what it cannot do with the tensors at hand it refuses with ValueError.
 
 What a peer needs to know about packed documents (their borders, a mask) is made once per `start` tensor, on the host,
 and kept as long as that tensor lives: the layers of a model share it, and a bench does not time it.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -30,7 +30,7 @@ Attention = Callable[[Tensor, Tensor, Tensor, Documents | None], Tensor]
 class Peer(NamedTuple):
     """An implementation, and where it can be used."""
 
-    attention: Attention
+    attend: Attention
     documents: bool  # packed documents
     cuda_only: bool
     module: str  # what must be importable
@@ -76,10 +76,8 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) 
     """torch's variable-length attention (FlashAttention-2): every document, or row, a sequence."""
     _half_only("varlen", q)
     borders, longest = _packed("varlen", q, k, documents)
-    attend, options = _varlen()
-    if "enable_gqa" in inspect.signature(attend).parameters:
-        options = {**options, "enable_gqa": q.shape[2] != k.shape[2]}
-    o = attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), borders, borders, longest, longest, **options)
+    attend = _varlen(q.shape[2] != k.shape[2])
+    o = attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), borders, borders, longest, longest)
     return o.view_as(q)
 
 
@@ -106,28 +104,36 @@ PEERS = {
 NAMES = tuple(PEERS)
 
 
-def why_not(name: str, documents: bool = False) -> str | None:
-    """Why this implementation cannot be used here, as a clause with the remedy; None when it can.
+@cache
+def why_not(name: str, device: torch.device | None = None, documents: bool = False) -> str | None:
+    """Why this implementation cannot be used, as a clause with the remedy; None when it can.
 
-    documents: whether packed documents are to be attended. ValueError for a name that is not there.
+    device: where the tensors lie, by default on the GPU if there is one. documents: whether packed documents are to be
+    attended. ValueError for a name that is not there.
     """
     if name not in PEERS:
         raise ValueError(f"kernels: no attention called {name!r}; there are {', '.join(NAMES)}")
     peer = PEERS[name]
-    if peer.cuda_only and not torch.cuda.is_available():
-        return f"{name} needs a CUDA device, and torch finds none: use sdpa"
-    if find_spec(peer.module) is None:
+    if peer.cuda_only and not (torch.cuda.is_available() and (device is None or device.type == "cuda")):
+        where = "torch finds none" if device is None else f"the tensors are on {device.type}"
+        return f"{name} needs a CUDA device, and {where}: use --device cuda, or sdpa"
+    if not _installed(peer.module):
         return f"{name} is not installed: {peer.remedy}, or use sdpa"
-    if documents and not peer.documents:
-        return _no_documents(name)
-    return None
+    return _no_documents(name) if documents and not peer.documents else None
 
 
-def attention(name: str) -> Attention:
-    """The implementation of that name. ValueError where it cannot be used."""
-    if (why := why_not(name)) is not None:
-        raise ValueError(f"kernels: {why}")
-    return PEERS[name].attention
+def attention(name: str, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
+    """reference.attention by the implementation of that name. ValueError where it cannot."""
+    if (why := why_not(name, q.device, documents is not None)) is not None:
+        raise ValueError(f"attention: {why}")
+    return PEERS[name].attend(q, k, v, documents)
+
+
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # a package that it would lie in
+        return False
 
 
 def _no_documents(name: str) -> str:
@@ -189,18 +195,20 @@ def _kept(start: Tensor, what: str, make: Callable[[Tensor], Any]) -> Any:
     version = 0 if start.is_inference() else start._version
     plans = _plans.setdefault(start, {})
     if (what, version) not in plans:
-        plans[what, version] = make(start)
+        plans[what, version] = make(start.detach())  # another object: a plan must not keep its own key alive
     return plans[what, version]
 
 
 @cache
-def _varlen() -> tuple[Callable[..., Tensor], dict[str, Any]]:
-    """torch's function, and how its version is told "causal": is_causal in torch 2.10, a window of (-1, 0) since."""
+def _varlen(grouped: bool) -> Callable[..., Tensor]:
+    """torch's function, told what its version must be: is_causal in 2.10, a window since 2.11, groups in 2.13."""
     from torch.nn.attention.varlen import varlen_attn
 
-    if "window_size" in inspect.signature(varlen_attn).parameters:
-        return varlen_attn, {"window_size": (-1, 0)}
-    return varlen_attn, {"is_causal": True}
+    takes = inspect.signature(varlen_attn).parameters
+    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in takes else {"is_causal": True}
+    if "enable_gqa" in takes:
+        options["enable_gqa"] = grouped
+    return partial(varlen_attn, **options)
 
 
 @cache
