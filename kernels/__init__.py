@@ -71,9 +71,11 @@ def _why_not(backend: str, device: torch.device) -> str | None:
 
 def _by_triton(operation: str, x: Tensor, *others: Tensor) -> bool:
     """Whether this call goes to a Triton kernel; ValueError where it was asked for and cannot."""
-    if any(t.dtype != x.dtype or t.device != x.device for t in others):
-        found = ", ".join(f"{str(t.dtype).removeprefix('torch.')} on {t.device}" for t in (x, *others))
-        raise ValueError(f"{operation}: tensors of one dtype and device are needed, not {found}: convert with .to()")
+    dtype, device = x.dtype, x.device
+    for t in others:
+        if t.dtype is not dtype or t.device != device:
+            found = ", ".join(f"{str(t.dtype).removeprefix('torch.')} on {t.device}" for t in (x, *others))
+            raise ValueError(f"{operation}: tensors of one dtype and device are needed, not {found}: use .to()")
     if _wanted == "torch" or not (x.is_cuda or _wanted == "triton"):
         return False
     reason = launch.why_not(x.device)
@@ -107,14 +109,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
         raise ValueError(f"rms_norm: weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}")
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"rms_norm: residual {tuple(residual.shape)} does not fit x {tuple(x.shape)}")
-    if _by_triton("rms_norm", x, weight, *(() if residual is None else (residual,))):
+    tensors = (x, weight) if residual is None else (x, weight, residual)
+    if _by_triton("rms_norm", *tensors):
         from kernels import norm
 
         long = x.shape[-1] > norm.LARGEST
         if _decided(
             "rms_norm", f"rows of {x.shape[-1]} exceed its {norm.LARGEST}: use the torch backend" if long else None
         ):
-            _check_last_dimension("rms_norm", x, weight, *(() if residual is None else (residual,)))
+            _check_last_dimension("rms_norm", *tensors)
             return norm.rms_norm(x, weight, eps) if residual is None else norm.add_rms_norm(x, residual, weight, eps)
     if residual is None:
         return reference.rms_norm(x, weight, eps)

@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.flash import HIDDEN, LOG2_E, Documents, padded
+from kernels.flash import HIDDEN, LOG2_E, padded
+from kernels.reference import Documents
 
 PART = 256  # keys of one program: 64 KiB of a 16-bit cache at K = 128 against 2 KiB of results for a group of 4
 TILE = {2: 64, 4: 32}  # keys at a time by bytes of a number: 64 in fp32 spill 452 bytes at K = 128 on sm_90

@@ -34,8 +34,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from kernels.launch import architecture, with_workspace
-
-Documents = tuple[Tensor, Tensor]
+from kernels.reference import Documents
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 HIDDEN = tl.constexpr(-1.0e30)  # a score nobody sees; not -inf, whose difference to itself is NaN

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels import decode, flash, reference
 from kernels.flash import Tiles
+from kernels.reference import Documents
 
 Check = Callable[..., None]
 Normal = Callable[..., Tensor]
@@ -33,7 +34,7 @@ def tiles() -> Iterator[Callable[[Tiles], None]]:
     flash.OVERRIDE.update(before)
 
 
-def borders(lengths: list[list[int]], device: torch.device) -> flash.Documents:
+def borders(lengths: list[list[int]], device: torch.device) -> Documents:
     """start and end (B, T) of rows packed with documents of these lengths; 0 is an empty document, and leaves none."""
     start, end = [], []
     for row in lengths:
@@ -60,9 +61,7 @@ def random_packing(T: int, generator: torch.Generator) -> list[int]:
 Results = dict[str, Tensor]
 
 
-def run(
-    f: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, do: Tensor, documents: flash.Documents | None
-) -> Results:
+def run(f: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, do: Tensor, documents: Documents | None) -> Results:
     """f's output and its three gradients."""
     q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
     o = f(q, k, v, documents)
@@ -70,9 +69,7 @@ def run(
     return {"o": o.detach(), "dq": q.grad, "dk": k.grad, "dv": v.grad}
 
 
-def three(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, documents: flash.Documents | None
-) -> tuple[Results, Results, Results]:
+def three(q: Tensor, k: Tensor, v: Tensor, do: Tensor, documents: Documents | None) -> tuple[Results, Results, Results]:
     """By the kernels, by plain torch in the same dtype, by plain torch in fp64."""
     return (
         run(flash.attention, q, k, v, do, documents),
