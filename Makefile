@@ -2,7 +2,7 @@
 #
 #   make demo                  train the built-in tiny model (about 5 minutes on 2 cores, once) and chat with it
 #   make demo ASK="question"   the same, but answer this one question and end
-#   make test                  lint and the whole test suite
+#   make test                  lint and the whole test suite; downloads a second triton (200 MB), once
 #   make lint                  ruff only
 #   make bench                 the CPU benches, results under bench/results/
 #   make clean                 remove .venv, caches and out/tiny
@@ -25,7 +25,7 @@ endif
 $(TINY)/config.json: | .venv/installed
 	$(BIN)/python train.py --resume_from_checkpoint auto
 
-test: lint
+test: lint .venv/triton-3.6/installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: .venv/installed
@@ -41,6 +41,13 @@ bench: .venv/installed
 	@echo "Setting up .venv: downloads PyTorch once, some minutes"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --disable-pip-version-check --progress-bar on -r requirements.txt
+	@touch $@
+
+# The kernels are proven under triton 3.6 as well, which lies beside the installed one with a numpy it can work with.
+.venv/triton-3.6/installed: requirements-triton36.txt | .venv/installed
+	@echo "Setting up triton 3.6 for the tests: downloads 200 MB, once"
+	@mkdir -p $(@D)
+	$(BIN)/pip install --disable-pip-version-check --progress-bar on --no-deps --upgrade --target $(@D) -r $<
 	@touch $@
 
 clean:
