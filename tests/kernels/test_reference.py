@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,9 @@ from kernels import reference
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+ANGLES = (normal(3, 2, dtype=torch.float64).cos(), normal(3, 2, dtype=torch.float64).sin())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -117,6 +122,48 @@ def test_linear_cross_entropy_accumulates_weight_gradients_in_fp32(monkeypatch: 
     F.cross_entropy(x.double() @ w64.t(), targets, reduction="sum").backward()
     error = (w.grad.double() - w64.grad).norm() / w64.grad.norm()
     assert error <= 6e-3  # 2.6e-3 here; accumulated in bf16 it is 1.5e-2
+
+
+DOCUMENTS = torch.tensor([[0, 0, 0, 3, 3, 5], [0, 1, 1, 1, 1, 1]], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("operation", "shapes"),
+    [
+        (lambda x, w: reference.rms_norm(x, w, 1e-5), [(3, 5), (5,)]),
+        (lambda q, k: reference.rope(q, k, *ANGLES), [(1, 3, 2, 4), (1, 3, 1, 4)]),
+        (reference.swiglu, [(2, 3), (2, 3)]),
+        (reference.attention, [(2, 4, 2, 3), (2, 4, 2, 3), (2, 4, 2, 3)]),
+        (reference.attention, [(2, 3, 4, 3), (2, 6, 2, 3), (2, 6, 2, 3)]),
+        (lambda *qkv: reference.attention(*qkv, (DOCUMENTS, DOCUMENTS)), [(2, 3, 4, 3), (2, 6, 2, 3), (2, 6, 2, 3)]),
+        (lambda *qkv: reference.attention(*qkv, (DOCUMENTS, DOCUMENTS)), [(2, 1, 4, 3), (2, 6, 2, 3), (2, 6, 2, 3)]),
+    ],
+    ids=["rms_norm", "rope", "swiglu", "attention", "attention_cached", "attention_packed", "attention_one_query"],
+)
+def test_gradients_are_the_derivatives(
+    operation: Callable[..., Tensor], shapes: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # In fp64 throughout, where the reference asks for fp32: differences of 1e-6 say nothing in fp32.
+    monkeypatch.setattr(Tensor, "float", Tensor.double)
+    monkeypatch.setattr(reference, "TILE", 2)
+    inputs = [normal(*shape, seed=i, dtype=torch.float64).requires_grad_() for i, shape in enumerate(shapes)]
+    assert torch.autograd.gradcheck(operation, inputs)
+
+
+@pytest.mark.parametrize("token_weights", [None, torch.tensor([1.0, 0.5, 0.0, 2.0, -1.0])])
+def test_the_gradient_of_linear_cross_entropy_is_the_derivative(
+    token_weights: Tensor | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "LOGITS_BYTES", 4 * 7 * 2)  # two rows at a time
+    x, w = normal(5, 4, dtype=torch.float64).requires_grad_(), normal(7, 4, dtype=torch.float64).requires_grad_()
+    targets = torch.tensor([3, -100, 6, 0, 0])
+    # The loss is an fp32 sum of about 8: steps of 1e-2 find its derivative to 1e-4, errors are of the order of 1.
+    assert torch.autograd.gradcheck(
+        lambda x, w: reference.linear_cross_entropy(x, w, targets, token_weights=token_weights),
+        (x, w),
+        eps=1e-2,
+        atol=1e-3,
+    )
 
 
 @pytest.mark.parametrize(
