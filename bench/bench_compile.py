@@ -21,7 +21,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -42,6 +42,11 @@ EVERYDAY_ARCHITECTURES = (80, 90)
 ARCHITECTURES = (80, 86, 90)
 MORE_REGISTERS = 8
 MOST_SPILLED = 64  # bytes; a few outside the loops cost nothing that one could measure
+KNOWN_SPILLS = {  # of these rows more is known, and why; growth is refused all the same
+    # A row of 16,384 with its fp32 weight gradient fills the register file: 4 arrays of 64 KiB. 32 warps and fewer
+    # stages were tried and spill 96 to 600 bytes too.
+    re.compile(r"(add_)?norm \w+ 16384, sm_\d+: rms_norm_backward_kernel"): 400,
+}
 MUST_HAVE_HGMMA = re.compile(r"attention (bf16|fp16) .*, sm_90: attention_(forward|dkdv|dq)_kernel")
 COLUMNS = ("registers", "spill_stores", "spill_loads", "shared", "warps", "stages")
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -157,16 +162,15 @@ def compile_scene(task: tuple[int, str]) -> Rows:
     return rows
 
 
-def compile_scenes(names: list[str], architectures: tuple[int, ...], processes: int) -> Rows:
-    """All scenes on all architectures, in that many processes."""
+def compile_scenes(names: list[str], architectures: tuple[int, ...], processes: int) -> Iterator[Rows]:
+    """All scenes on all architectures, in that many processes; in order, each as it is done."""
     CACHE.mkdir(parents=True, exist_ok=True)
     tasks = [(architecture, name) for name in names for architecture in architectures]
     if processes == 1:
-        done = [compile_scene(task) for task in tasks]
-    else:
-        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-            done = list(pool.map(compile_scene, tasks))
-    return {key: row for rows in done for key, row in rows.items()}
+        yield from map(compile_scene, tasks)
+        return
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(compile_scene, tasks)
 
 
 def architecture_of(key: str) -> int:
@@ -181,8 +185,9 @@ def faults(rows: Rows) -> list[str]:
             found.append(f"{key}: does not compile: {row['error']}")
             continue
         spilled, limit = max(row["spill_stores"], row["spill_loads"]), SHARED_LIMIT[architecture_of(key)]
-        if spilled > MOST_SPILLED:
-            found.append(f"{key}: spills {spilled} bytes, at most {MOST_SPILLED} are allowed: smaller tiles?")
+        most = max([MOST_SPILLED] + [known for pattern, known in KNOWN_SPILLS.items() if pattern.fullmatch(key)])
+        if spilled > most:
+            found.append(f"{key}: spills {spilled} bytes, at most {most} are allowed: smaller tiles?")
         if row["shared"] > limit:
             found.append(f"{key}: {row['shared']} bytes of shared memory, a program can have {limit}")
         if MUST_HAVE_HGMMA.match(key) and not row.get("HGMMA"):
@@ -207,18 +212,25 @@ def baseline_path() -> Path:
     return report.RESULTS / f"compile_{triton.__version__}.json"
 
 
-def table(rows: Rows) -> str:
-    """One line a kernel; instruction counts at the end of it."""
-    lines = [f"{'scene, architecture: kernel':76} {'regs':>4} {'spill st/ld':>11} {'shared':>7} {'warps':>5} stages"]
-    for key, row in rows.items():
-        if "error" in row:
-            continue
-        counts = " ".join(f"{name} {n}" for name, n in row.items() if name not in COLUMNS)
-        spills = f"{row['spill_stores']}/{row['spill_loads']}"
-        lines.append(
-            f"{key:76} {row['registers']:4} {spills:>11} {row['shared']:7} {row['warps']:5} {row['stages']:6}  {counts}"
-        )
-    return "\n".join(lines)
+def programs(architecture: int, row: Row) -> int:
+    """How many of a kernel's programs one multiprocessor holds at a time."""
+    warps, shared = (48, 100) if architecture in (86, 89, 120) else (64, 164 if architecture == 80 else 228)
+    of_a_warp = -(-row["registers"] * 32 // 256) * 256
+    by_registers = 65536 // (of_a_warp * row["warps"])
+    return min(by_registers, warps // row["warps"], shared * 1024 // (row["shared"] + 1024))
+
+
+HEADER = f"{'scene, architecture: kernel':74} {'regs':>4} {'spill st/ld':>11} {'shared':>7} warps stages programs/SM"
+
+
+def line(key: str, row: Row) -> str:
+    """One line of the table; counts of instructions at its end."""
+    if "error" in row:
+        return f"{key:74} {row['error']}"
+    counts = " ".join(f"{name} {n}" for name, n in row.items() if name not in COLUMNS)
+    spills, held = f"{row['spill_stores']}/{row['spill_loads']}", programs(architecture_of(key), row)
+    sizes = f"{row['registers']:4} {spills:>11} {row['shared']:7} {row['warps']:5} {row['stages']:6} {held:11}"
+    return f"{key:74} {sizes}  {counts}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -235,8 +247,11 @@ def main(argv: list[str] | None = None) -> int:
     architectures = tuple(args.arch or (EVERYDAY_ARCHITECTURES if everyday else ARCHITECTURES))
     names = list(scenes(everyday))
     start = time.perf_counter()
-    rows = compile_scenes(names, architectures, args.processes)
-    print(table(rows))
+    rows: Rows = {}
+    print(HEADER)
+    for some in compile_scenes(names, architectures, args.processes):
+        rows |= some
+        print("\n".join(line(key, row) for key, row in some.items()), flush=True)
     print(f"triton {triton.__version__}: {len(rows)} kernels in {time.perf_counter() - start:.0f} s")
     found = faults(rows)
     if args.update:
@@ -248,8 +263,8 @@ def main(argv: list[str] | None = None) -> int:
         found += growth(
             rows, baseline, lambda key: architecture_of(key) in architectures and key.partition(", sm_")[0] in names
         )
-    for line in found:
-        print(line, file=sys.stderr)
+    for fault in found:
+        print(fault, file=sys.stderr)
     return 1 if found else 0
 
 

@@ -122,7 +122,7 @@ def test_a_doctored_baseline_fails(
 ) -> None:
     document = json.loads(BASELINES[0].read_text())
     rows = document["results"]
-    monkeypatch.setattr(bench_compile, "compile_scenes", lambda *_: copy.deepcopy(rows))
+    monkeypatch.setattr(bench_compile, "compile_scenes", lambda *_: [copy.deepcopy(rows)])
     key = next(iter(rows))
     document["results"] = {**rows, key: {**rows[key], column: rows[key][column] + shift}}
     doctored = tmp_path / "baseline.json"

@@ -29,11 +29,15 @@ collect_ignore_glob = [] if INTERPRETING or torch.cuda.is_available() else ["tes
 Normal = Callable[..., Tensor]
 
 
+# Triton 3.6 makes integers of arrays of one number, which the newest numpy that it works with deprecates.
+QUIET = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """On a device, each of these tests is a gpu test: `-m "not gpu"` leaves them out, `-m gpu` picks them."""
     for item in items:
-        if str(item.path).startswith(HERE) and not INTERPRETING:
-            item.add_marker(pytest.mark.gpu)
+        if str(item.path).startswith(HERE):
+            item.add_marker(QUIET if INTERPRETING else pytest.mark.gpu)
 
 
 @pytest.fixture(scope="session", autouse=True)
