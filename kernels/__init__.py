@@ -65,7 +65,7 @@ def describe(device: torch.device | str = "cpu") -> str:
 
 def _why_not(backend: str, device: torch.device) -> str | None:
     if backend in peers.NAMES:
-        return peers.why_not(backend)
+        return peers.why_not(backend, device)
     return launch.why_not(device) if backend == "triton" else None
 
 
@@ -161,7 +161,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = Non
     if documents is not None and any(d.shape != (B, S) or d.dtype != torch.int32 for d in documents):
         raise ValueError(f"attention: documents must be two int32 tensors of shape {(B, S)}")
     if _wanted in peers.NAMES:
-        return peers.attention(_wanted)(q, k, v, documents)
+        return peers.attention(_wanted, q, k, v, documents)
     if _by_triton("attention", q, k, v):
         from kernels import decode, flash
 

@@ -1,4 +1,5 @@
-"""What every Triton launch of this package asks first: can a kernel run on this device, and what machine is it.
+"""What every Triton launch of this package asks first: can a kernel run on this device, what machine is it, and how do
+the rows of a tensor lie.
 
 Called by the seam and the kernel files. Imports triton only inside functions: on a CPU it is never loaded.
 """
@@ -89,3 +90,19 @@ def with_workspace() -> None:
 def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
     # The caching allocator aligns to 512 bytes, and reuses the block only behind this launch on its stream.
     return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def rows(operation: str, name: str, x: Tensor) -> Tensor:
+    """x (..., D) as (N, D), never a copy; ValueError where the rows are not evenly spaced."""
+    try:
+        return x.view(-1, x.shape[-1])
+    except RuntimeError:
+        raise ValueError(
+            f"{operation}: the rows of {name} {tuple(x.shape)} with strides {x.stride()} are not evenly spaced, which "
+            "the kernel needs: pass a contiguous copy"
+        ) from None
+
+
+def gradient_rows(g: Tensor) -> Tensor:
+    """A gradient as contiguous (N, D). Autograd may send any strides, as of an expanded scalar: then it is copied."""
+    return g.contiguous().view(-1, g.shape[-1])

@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from kernels.launch import architecture, multiprocessors
+from kernels.launch import architecture, gradient_rows, multiprocessors, rows
 
 LARGEST = 16384  # numbers in a row
 PER_THREAD = 16  # numbers of a tile: 2 loads of 16 bytes of bf16, 4 of fp32
@@ -164,34 +164,19 @@ def sum_programs_kernel(
     tl.store(OUT + d, tl.sum(total, 0).to(OUT.dtype.element_ty), d < D)
 
 
-def _rows(x: Tensor, name: str) -> Tensor:
-    """x (..., D) as (N, D), never a copy."""
-    try:
-        return x.view(-1, x.shape[-1])
-    except RuntimeError:
-        raise ValueError(
-            f"rms_norm: the rows of {name} {tuple(x.shape)} with strides {x.stride()} are not evenly spaced, which the "
-            "kernel needs: pass a contiguous copy"
-        ) from None
-
-
-def _gradient_rows(g: Tensor) -> Tensor:
-    """A gradient as (N, D). Autograd may send any strides, as of an expanded scalar: then it is copied."""
-    return g.view(-1, g.shape[-1]) if g.is_contiguous() else g.reshape(-1, g.shape[-1]).contiguous()
-
-
 def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor | None, Tensor, Tensor]:
     """h where there is a residual, y, and r fp32 in the shape of x's rows."""
     D = x.shape[-1]
     if D > LARGEST:
         raise ValueError(f"rms_norm: rows of {D} numbers; the kernel takes up to {LARGEST}: use the torch backend")
-    rows, extra = _rows(x, "x"), None if residual is None else _rows(residual, "residual")
+    lines = rows("rms_norm", "x", x)
+    extra = None if residual is None else rows("rms_norm", "residual", residual)
     h = None if residual is None else x.new_empty(x.shape)
     y, rstd = x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.float32)
-    c, N = cut(D), rows.shape[0]
+    c, N = cut(D), lines.shape[0]
     rms_norm_forward_kernel[(triton.cdiv(N, c.rows),)](
-        rows,
-        rows.stride(0),
+        lines,
+        lines.stride(0),
         extra,
         0 if extra is None else extra.stride(0),
         weight,
@@ -235,17 +220,17 @@ def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, 
 def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dh: Tensor | None) -> tuple[Tensor, Tensor]:
     """dx in x.dtype, dh added where there is one, and dw in weight.dtype. x is what was normed."""
     D = x.shape[-1]
-    rows, gradient = _rows(x, "x"), _gradient_rows(dy)
-    past = None if dh is None else _gradient_rows(dh)
-    c, N = cut(D), rows.shape[0]
+    lines, gradient = rows("rms_norm", "x", x), gradient_rows(dy)
+    past = None if dh is None else gradient_rows(dh)
+    c, N = cut(D), lines.shape[0]
     programs = max(1, min(MOST_WARPS // c.warps * multiprocessors(x.device), triton.cdiv(N, c.rows)))
     dx, dw = x.new_empty(x.shape), weight.new_empty(D)
     parts = x.new_empty(programs, D, dtype=torch.float32)
     rms_norm_backward_kernel[(programs,)](
         gradient,
         gradient.stride(0),
-        rows,
-        rows.stride(0),
+        lines,
+        lines.stride(0),
         weight,
         rstd,
         past,
@@ -268,7 +253,7 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dh: T
 
 @rms_norm_backward.register_fake
 def _(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dh: Tensor | None) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(D)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
 def _keep(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor, float], output: tuple[Tensor, Tensor]) -> None:

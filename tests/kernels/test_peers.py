@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import kernels
 from kernels import peers, reference
 
 B, T, H, G, K = 2, 37, 4, 2, 16
@@ -190,3 +191,19 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
             f(*inputs(5, torch.bfloat16), None)
     with pytest.raises(ValueError, match="knows no packed documents"):
         peers.cudnn(*inputs(dtype=torch.bfloat16), documents())
+
+
+def test_by_name_through_the_seam() -> None:
+    """kernels.use(NAME) sends attention there and nothing else; refused at once where the device is named."""
+    tensors, docs = inputs(), documents()
+    try:
+        kernels.use("sdpa", "cpu")
+        torch.testing.assert_close(kernels.attention(*tensors, docs), reference.attention(*tensors, docs))
+        assert kernels.describe("cpu").startswith("kernels: attention by sdpa, the rest by torch")
+        kernels.use("cudnn")
+        with pytest.raises(ValueError, match="attention: cudnn needs a CUDA device.*use --device cuda, or sdpa"):
+            kernels.attention(*tensors)
+        with pytest.raises(ValueError, match="cudnn was asked for, but cudnn needs a CUDA device"):
+            kernels.use("cudnn", "cpu")
+    finally:
+        kernels.use("auto")
