@@ -201,7 +201,7 @@ def test_by_name_through_the_seam() -> None:
         torch.testing.assert_close(kernels.attention(*tensors, docs), reference.attention(*tensors, docs))
         assert kernels.describe("cpu").startswith("kernels: attention by sdpa, the rest by torch")
         kernels.use("cudnn")
-        with pytest.raises(ValueError, match="attention: cudnn needs a CUDA device.*use --device cuda, or sdpa"):
+        with pytest.raises(ValueError, match=r"attention: cudnn needs a CUDA device.*use --device cuda, or sdpa"):
             kernels.attention(*tensors)
         with pytest.raises(ValueError, match="cudnn was asked for, but cudnn needs a CUDA device"):
             kernels.use("cudnn", "cpu")
