@@ -101,8 +101,3 @@ def rows(operation: str, name: str, x: Tensor) -> Tensor:
             f"{operation}: the rows of {name} {tuple(x.shape)} with strides {x.stride()} are not evenly spaced, which "
             "the kernel needs: pass a contiguous copy"
         ) from None
-
-
-def gradient_rows(g: Tensor) -> Tensor:
-    """A gradient as contiguous (N, D). Autograd may send any strides, as of an expanded scalar: then it is copied."""
-    return g.contiguous().view(-1, g.shape[-1])

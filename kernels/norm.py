@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from kernels.launch import architecture, gradient_rows, multiprocessors, rows
+from kernels.launch import architecture, multiprocessors, rows
 
 LARGEST = 16384  # numbers in a row
 PER_THREAD = 16  # numbers of a tile: 2 loads of 16 bytes of bf16, 4 of fp32
@@ -164,6 +164,11 @@ def sum_programs_kernel(
     tl.store(OUT + d, tl.sum(total, 0).to(OUT.dtype.element_ty), d < D)
 
 
+def _gradient_rows(g: Tensor) -> Tensor:
+    """A gradient as contiguous (N, D). Autograd may send any strides, as of an expanded scalar: then it is copied."""
+    return g.contiguous().view(-1, g.shape[-1])
+
+
 def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor | None, Tensor, Tensor]:
     """h where there is a residual, y, and r fp32 in the shape of x's rows."""
     D = x.shape[-1]
@@ -220,8 +225,8 @@ def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, 
 def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dh: Tensor | None) -> tuple[Tensor, Tensor]:
     """dx in x.dtype, dh added where there is one, and dw in weight.dtype. x is what was normed."""
     D = x.shape[-1]
-    lines, gradient = rows("rms_norm", "x", x), gradient_rows(dy)
-    past = None if dh is None else gradient_rows(dh)
+    lines, gradient = rows("rms_norm", "x", x), _gradient_rows(dy)
+    past = None if dh is None else _gradient_rows(dh)
     c, N = cut(D), lines.shape[0]
     programs = max(1, min(MOST_WARPS // c.warps * multiprocessors(x.device), triton.cdiv(N, c.rows)))
     dx, dw = x.new_empty(x.shape), weight.new_empty(D)
