@@ -93,7 +93,6 @@ def three(q: Tensor, k: Tensor, v: Tensor, do: Tensor, documents: Documents | No
         (77, 2, 2, 96, F16, WIDE, False),
         (65, 2, 1, 80, F32, WIDE, True),
         (33, 2, 1, 8, F16, SQUARE, True),
-        (1, 4, 2, 32, F32, SQUARE, False),
         (17, 3, 1, 16, BF16, SQUARE, True),
     ],
 )
@@ -160,14 +159,27 @@ def test_packed_is_each_document_by_itself(
     lengths = [40, 1, 77, 12]
     q, k, v, do = (normal(1, 130, 4 if i in (0, 3) else 2, 32, seed=i) for i in range(4))
     packed = run(flash.attention, q, k, v, do, borders([lengths], device))
-    at = 0
-    for n in lengths:
-        part = [t[:, at : at + n] for t in (q, k, v, do)]
-        alone, torchs, exact = three(*part, None)
-        for name in exact:
-            no_worse(f"{name} of the document at {at}", packed[name][:, at : at + n], torchs[name], exact[name])
-            no_worse(f"{name} alone", alone[name], torchs[name], exact[name])
-        at += n
+    parts = zip(*(t.split(lengths, dim=1) for t in (q, k, v, do)), strict=True)
+    alone, torchs, exact = (
+        {name: torch.cat([r[name] for r in results], dim=1) for name in packed}
+        for results in zip(*(three(*part, None) for part in parts), strict=True)
+    )
+    for name in exact:
+        no_worse(f"{name} packed", packed[name], torchs[name], exact[name])
+        no_worse(f"{name} alone", alone[name], torchs[name], exact[name])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_token_by_itself(packed: bool, normal: Normal, device: torch.device) -> None:
+    """It sees one key: o is its value, and the score, whatever it is, has no gradient."""
+    q, do = normal(1, 1, 4, 32), normal(1, 1, 4, 32, seed=9)
+    k, v = normal(1, 1, 2, 32, seed=1), normal(1, 1, 2, 32, seed=2)
+    ours = run(flash.attention, q, k, v, do, borders([[1]], device) if packed else None)
+    assert torch.equal(ours["o"], v.repeat_interleave(2, dim=2))
+    rounding = {"rtol": 5e-7, "atol": 5e-7}  # the backward makes the weight of 1 again, from a product of another order
+    torch.testing.assert_close(ours["dv"], do.view(1, 1, 2, 2, 32).sum(3), **rounding)
+    for name in ("dq", "dk"):
+        torch.testing.assert_close(ours[name], torch.zeros_like(ours[name]), **rounding)
 
 
 def test_no_row_depends_on_the_batch_around_it(normal: Normal, device: torch.device) -> None:
@@ -270,7 +282,7 @@ def test_rows_beyond_two_to_the_31_elements(fewer: bool, vast: Callable[..., Ten
 @pytest.mark.parametrize(
     ("B", "T", "S", "H", "G", "K", "dtype", "padded"),
     [
-        (1, 1, 2, 4, 4, 64, F32, False),
+        (1, 1, 2, 64, 4, 64, F32, False),
         (2, 1, 300, 8, 1, 128, BF16, True),
         (3, 1, 777, 4, 1, 64, F16, True),
         (2, 7, 513, 4, 2, 96, BF16, False),
@@ -345,7 +357,7 @@ def test_any_shape_and_packing(
         # Few numbers and sums of a few terms: single cases have single roundings, so both have a floor of a few units.
         scale = want.norm().item() or 1.0
         error, peer = ((r[name].double() - want).norm().item() / scale for r in (ours, torchs))
-        assert error <= max(1.3 * peer, 4e-7), (name, error, peer)
+        assert error <= max(1.3 * peer, 1e-6), (name, error, peer)
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -115,3 +115,16 @@ def test_no_worse_refuses(
     no_worse("right", peer.clone(), peer, exact)
     with pytest.raises(AssertionError, match="wrong"):
         no_worse("wrong", fault(peer), peer, exact)
+
+
+@pytest.mark.parametrize(("size", "passes"), [(4e-7, True), (6e-7, False), (1.0, False)])
+def test_where_zero_is_exact_a_unit_of_rounding_is_granted(
+    no_worse: Callable[..., None], size: float, passes: bool
+) -> None:
+    """Whatever torch's own error happens to be."""
+    exact, got = torch.full((100,), 1e-17, dtype=torch.float64), torch.full((100,), size)
+    if passes:
+        no_worse("zero", got, torch.zeros(100), exact)
+    else:
+        with pytest.raises(AssertionError, match="zero"):
+            no_worse("zero", got, torch.zeros(100), exact)
