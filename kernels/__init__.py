@@ -100,6 +100,12 @@ def _check_last_dimension(operation: str, *tensors: Tensor) -> None:
             )
 
 
+def _check_devices(operation: str, x: Tensor, **others: Tensor | None) -> None:
+    for name, t in others.items():
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{operation}: {name} on {t.device}, the rest on {x.device}: use .to()")
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
     """Scale each vector of x (..., D) to root mean square 1, then by weight (D,). See reference.rms_norm.
 
@@ -132,6 +138,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
         raise ValueError(f"rope: q {tuple(q.shape)} and k {tuple(k.shape)} do not fit together")
     if cos.shape[-2:] != (T, K // 2) or cos.shape != sin.shape or (cos.ndim == 3 and cos.shape[0] not in (1, B)):
         raise ValueError(f"rope: tables {tuple(cos.shape)} do not fit q {tuple(q.shape)}")
+    _check_devices("rope", q, cos=cos, sin=sin)
     if _by_triton("rope", q, k):
         from kernels import rotary
 
@@ -185,6 +192,7 @@ def linear_cross_entropy(
         )
     if token_weights is not None and (token_weights.shape != (N,) or token_weights.dtype != torch.float32):
         raise ValueError(f"linear_cross_entropy: token_weights must be float32 of shape {(N,)}")
+    _check_devices("linear_cross_entropy", x, targets=targets, token_weights=token_weights)
     if _by_triton("linear_cross_entropy", x, weight):
         from kernels import loss
 

@@ -171,6 +171,10 @@ def test_the_gradient_of_linear_cross_entropy_is_the_derivative(
     [
         (lambda: kernels.rms_norm(torch.ones(2, 4), torch.ones(3), 1e-5), "rms_norm: weight"),
         (lambda: kernels.rope(*[torch.ones(1, 2, 1, 4)] * 2, *[torch.ones(3, 2)] * 2), "rope: tables"),
+        (
+            lambda: kernels.rope(*[torch.ones(1, 2, 1, 4)] * 2, torch.ones(2, 2), torch.ones(2, 2, device="meta")),
+            r"rope: sin on meta, the rest on cpu: use \.to",
+        ),
         (lambda: kernels.swiglu(torch.ones(2), torch.ones(3)), "swiglu: gate"),
         (lambda: kernels.attention(torch.ones(1, 2, 3, 4), *[torch.ones(1, 2, 2, 4)] * 2), "attention: q"),
         (
@@ -178,6 +182,12 @@ def test_the_gradient_of_linear_cross_entropy_is_the_derivative(
             "attention: documents",
         ),
         (lambda: kernels.linear_cross_entropy(torch.ones(2, 3), torch.ones(5, 4), torch.ones(2)), "linear_cross"),
+        (
+            lambda: kernels.linear_cross_entropy(
+                torch.ones(2, 4), torch.ones(5, 4), torch.zeros(2, dtype=torch.int64, device="meta")
+            ),
+            "linear_cross_entropy: targets on meta",
+        ),
         (lambda: kernels.use("cuda"), "no backend 'cuda'"),
     ],
 )
