@@ -33,9 +33,11 @@ import torch._functorch.config
 import kernels
 from bench import kernel_rows, report, timing
 from bench.kernel_table import readme_rows, table
-from bench.kernel_work import Absent, Row, Setting, Work, relative_error
+from bench.kernel_work import Absent, Row, Setting, Work, worst_error
 
 SILENCE = 100.0  # seconds without a word from the child, after which its row counts as hung
+GRACE = 30.0  # seconds that a row begun in time may take beyond it
+STOPPED = f"stopped {GRACE:.0f} s after time was up"
 PASSES = {"full": 9, "quick": 7, "tiny": 2}
 COPY_BYTES, PRODUCT_SIZE = 2**30, 8192
 LOST = 3  # exit status of a child whose device answers no more
@@ -66,7 +68,7 @@ def measure(row: Row, setting: Setting, clock: timing.Clock, passes: int) -> dic
         raise
     except Exception as e:
         result["failed"] = one_line(e)
-        _still_there(setting, result)
+        _still_there("building the row", setting, result)
     return result
 
 
@@ -80,7 +82,7 @@ def _measure(row: Row, work: Work, result: dict[str, Any], setting: Setting, clo
             call = make()
             timing.poison(setting.device, 2**28)
             outputs = call(0)
-            found["error"] = max(relative_error(part.pick(outputs), part.exact) for part in exact)
+            found["error"] = worst_error((part.pick(outputs), part.exact) for part in exact)
             found["right"] = found["error"] <= work.tolerance  # False for NaN
             del outputs
             if row.memory:
@@ -89,7 +91,7 @@ def _measure(row: Row, work: Work, result: dict[str, Any], setting: Setting, clo
         except Absent as e:
             found["absent"] = str(e)
         except Exception as e:
-            _failed(found, e, setting, result)
+            _failed(name, e, setting, result)
     del exact
     for _ in range(passes):
         for name in list(timed):
@@ -97,7 +99,7 @@ def _measure(row: Row, work: Work, result: dict[str, Any], setting: Setting, clo
                 timed[name].once()
             except Exception as e:
                 del timed[name]
-                _failed(result["implementations"][name], e, setting, result)
+                _failed(name, e, setting, result)
     for name, t in timed.items():
         result["implementations"][name] |= {
             "seconds": t.seconds,
@@ -108,13 +110,13 @@ def _measure(row: Row, work: Work, result: dict[str, Any], setting: Setting, clo
         }
 
 
-def _failed(found: dict[str, Any], error: Exception, setting: Setting, result: dict[str, Any]) -> None:
-    found["failed"] = one_line(error)
+def _failed(name: str, error: Exception, setting: Setting, result: dict[str, Any]) -> None:
+    result["implementations"][name]["failed"] = one_line(error)
     gc.collect()
-    _still_there(setting, result)
+    _still_there(name, setting, result)
 
 
-def _still_there(setting: Setting, result: dict[str, Any]) -> None:
+def _still_there(culprit: str, setting: Setting, result: dict[str, Any]) -> None:
     if setting.device.type != "cuda":
         return
     try:
@@ -122,6 +124,7 @@ def _still_there(setting: Setting, result: dict[str, Any]) -> None:
         torch.cuda.empty_cache()
         torch.ones(1, device=setting.device).item()
     except Exception as e:
+        result.setdefault("failed", f"the device was lost by {culprit}")
         raise DeviceLost(json.dumps(result)) from e
 
 
@@ -234,11 +237,12 @@ def supervise(rows: list[Row], args: argparse.Namespace) -> dict[str, Any]:
                         found[key] = found[key] or said[key]
                         begun = None
             if begun is not None and (row := next((r for r in left if r.name == begun), None)):
-                found["rows"][begun] = {"op": row.op, "name": begun, "unit": row.unit, "failed": ended}
-            elif begun is not None or (ended and not path.read_text()):
+                how = "not_measured" if ended == STOPPED else "failed"
+                found["rows"][begun] = {"op": row.op, "name": begun, "unit": row.unit, how: ended}
+            before, left = left, [r for r in left if r.name not in found["rows"]]
+            if ended and len(left) == len(before):
                 found["failed"] = f"{begun or 'start'}: {ended}"
-                break  # not even a copy runs: nothing will
-            left = [r for r in left if r.name not in found["rows"]]
+                break  # not one row: the next child would do no better
             if ended == "":
                 break
     for row in rows:
@@ -248,7 +252,8 @@ def supervise(rows: list[Row], args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _child(path: Path, rows: list[Row], seconds: float, args: argparse.Namespace) -> str:
-    """Run one child; why it ended early, or "" when it did not."""
+    """Run one child for so long; why it ended early, or "" when it did not."""
+    last = time.monotonic() + seconds + GRACE
     command = [sys.executable, "-m", "bench.bench_kernels", "--worker", str(path), "--seconds", str(seconds)]
     command += ["--size", args.size, "--device", args.device, "--backend", args.backend]
     command += ["--rows", *(row.name for row in rows)]
@@ -261,6 +266,8 @@ def _child(path: Path, rows: list[Row], seconds: float, args: argparse.Namespace
                 size, changed = now, time.monotonic()
             if time.monotonic() - changed > SILENCE:
                 return f"hung for {SILENCE:.0f} s"
+            if time.monotonic() > last:
+                return STOPPED
     finally:
         process.kill()
         process.wait()
@@ -285,10 +292,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def result_path() -> Path:
-    """bench/results/kernels_<device>.json of the GPU at hand."""
-    name = "".join(c if c.isalnum() else "_" for c in torch.cuda.get_device_name().lower())
-    return report.RESULTS / f"kernels_{name}.json"
+def device_name() -> str:
+    """The GPU at hand, as a part of a file's name."""
+    return "".join(c if c.isalnum() else "_" for c in torch.cuda.get_device_name().lower())
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -303,7 +309,9 @@ def main(argv: list[str] | None = None) -> int:
         found = supervise(rows, args)
         if args.json or args.device == "cuda":
             facts = {k: v for k, v in found.items() if k != "rows"} | {"triton": timing.installed("triton")}
-            report.write(args.json or result_path(), list(found["rows"].values()), **facts)
+            report.write(
+                args.json or report.RESULTS / f"kernels_{device_name()}.json", list(found["rows"].values()), **facts
+            )
     show = readme_rows if args.markdown else table
     print("\n".join(show(list(found["rows"].values()), found["ceilings"], found["launches"])))
     return 0

@@ -106,7 +106,7 @@ def table(results: list[Result], ceilings: Ceilings, launches: dict[str, dict[st
         asked = ", ".join(f"{op} {t.get('ours', '-')} / {t.get('torch', '-')}" for op, t in launches.items())
         lines.append(f"CPU microseconds to ask for one, ours / torch: {asked}")
     judged = [v.met for v in body if v.met in ("yes", "no")]
-    measured = sum("implementations" in r and "per_second" in r["implementations"]["ours"] for r in results)
+    measured = sum("per_second" in r.get("implementations", {}).get("ours", {}) for r in results)
     lines.append(f"{measured} of {len(results)} rows measured; {judged.count('yes')} of {len(judged)} targets met")
     return lines
 

@@ -8,7 +8,7 @@ seen: 4 K FLOP a pair and head forward, 2.5 times that backward, as FlashAttenti
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -100,6 +100,11 @@ def relative_error(got: Tensor, exact: Tensor) -> float:
     """||got - exact|| / ||exact||; NaN where anything is NaN."""
     exact = exact.double()
     return ((got.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
+
+
+def worst_error(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """The largest relative error of some results; NaN where one is NaN, which Python's max may pass over."""
+    return torch.tensor([relative_error(got, exact) for got, exact in pairs]).max().item()
 
 
 def as_tuple(outputs: Tensor | Outputs) -> Outputs:
