@@ -74,13 +74,16 @@ TILES = {
 OVERRIDE: dict[str, Tiles] = {}  # kernel -> tiles, for the sweep and the tests
 
 
-def tiles(kind: str, arch: int, head: int, itemsize: int) -> Tiles:
-    """The tiles of kernel "forward", "dkdv" or "dq" on an architecture as in sm_90, for a head size and number type."""
-    if kind in OVERRIDE:
-        return OVERRIDE[kind]
+def entry(kind: str, arch: int, head: int, itemsize: int) -> tuple[str, int, int, int]:
+    """The entry of TILES: kernel "forward", "dkdv" or "dq", an architecture as in sm_90, a head, bytes of a number."""
     if itemsize == 4:  # fp32 runs on the CUDA cores, the same everywhere
-        return TILES[kind, 80, 128, 4]
-    return TILES[kind, 90 if 90 <= arch < 120 else 80, 64 if head <= 64 else 128, 2]
+        return kind, 80, 128, 4
+    return kind, 90 if 90 <= arch < 120 else 80, 64 if head <= 64 else 128, 2
+
+
+def tiles(kind: str, arch: int, head: int, itemsize: int) -> Tiles:
+    """The tiles to use: those of the entry, unless overridden."""
+    return OVERRIDE[kind] if kind in OVERRIDE else TILES[entry(kind, arch, head, itemsize)]
 
 
 def padded(head: int) -> int:
