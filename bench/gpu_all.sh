@@ -1,0 +1,115 @@
+#!/usr/bin/env bash
+# Everything that wants a GPU, in one command of 8 minutes: are the kernels right, how fast are they, which tiles are
+# the fastest.
+#
+#   bench/gpu_all.sh                     # or: PYTHON=.venv/bin/python OUT=/tmp/gpu TIME=480 bench/gpu_all.sh
+#
+# PYTHON: an interpreter with torch, triton and pytest. OUT: where every log and result goes. TIME: seconds for all,
+# of which TESTS and PEERS are the most that those parts may take, and TILES is kept for the last.
+# None stops the next. pytest-xdist, pytest-timeout and hypothesis are done
+# without where they are missing; wheels of them in .whl/ are used. The table comes last, with a line for each part.
+# Exit code: 1 unless the tests of the kernels passed. Without a GPU nothing is measured, and that is no failure.
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 2
+
+PYTHON=${PYTHON:-python3} OUT=${OUT:-bench/results/gpu} TIME=${TIME:-480}
+TESTS=${TESTS:-180} PEERS=${PEERS:-60} TILES=${TILES:-80}
+unset TRITON_INTERPRET
+export PYTHONUNBUFFERED=1
+
+found=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())') ||
+  { echo "error: $PYTHON has no torch: set PYTHON to an interpreter with torch, triton and pytest" >&2; exit 2; }
+if ((found == 0)); then
+  echo "no GPU: nothing is measured"
+  "$PYTHON" -m bench.bench_kernels
+  exit
+fi
+
+mkdir -p "$OUT"
+OUT=$(cd "$OUT" && pwd)
+site=$(mktemp -d)
+trap 'rm -rf "$site"' EXIT
+summary=() wrong=0
+
+left() { echo $((TIME - SECONDS)); }
+
+part() { # part NAME LIMIT COMMAND...: run it for so many seconds, into a log, and remember what became of it
+  local name=$1 limit=$(($2 < $(left) ? $2 : $(left))) begin=$SECONDS status=1 result
+  shift 2
+  if ((limit < 1)); then # timeout takes 0 for no limit
+    echo "no time left" >"$OUT/$name.log"
+    result="not run"
+  else
+    echo "== $name, at most $limit s"
+    timeout --kill-after=10 "$limit" "$@" >"$OUT/$name.log" 2>&1
+    status=$?
+    case $status in
+      0) result="ok" ;;
+      124 | 137) result="STOPPED" ;;
+      *) result="FAILED" ;;
+    esac
+  fi
+  summary+=("$(printf '%-12s %-8s %4d s  %s' "$name" "$result" $((SECONDS - begin)) "$(tail -n 1 "$OUT/$name.log")")")
+  return "$status"
+}
+
+environment() {
+  nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv,noheader
+  "$PYTHON" - <<'END'
+import os, platform
+from importlib.metadata import PackageNotFoundError, version
+
+def of(package):
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:
+        return f"no {package}"
+
+packages = "torch triton numpy pytest pytest-xdist pytest-timeout hypothesis transformers flash-attn liger-kernel"
+print(f"python {platform.python_version()}, {os.cpu_count()} cores, " + ", ".join(map(of, packages.split())))
+END
+}
+
+have() { "$PYTHON" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)"; }
+
+if compgen -G ".whl/*.whl" >/dev/null; then
+  "$PYTHON" -m pip install -q --no-index --no-deps --target "$site" .whl/*.whl || echo "the wheels in .whl/ do not fit"
+  export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
+fi
+environment 2>&1 | tee "$OUT/environment.log"
+
+tests=(-q -p no:cacheprovider) parallel=() without=()
+if have xdist; then
+  cores=$(nproc)
+  parallel=(-n $((cores < 16 ? (cores + 1) / 2 : 8)) --dist loadgroup)
+fi
+if ! have xdist || ! have pytest_timeout; then # their marks and settings are nothing to stumble over
+  tests+=(-o addopts="--import-mode=importlib -ra" -W ignore::pytest.PytestConfigWarning)
+  tests+=(-W ignore::pytest.PytestUnknownMarkWarning)
+fi
+if ! have hypothesis; then
+  mapfile -t without < <(grep -lE '^(from|import) hypothesis' tests/kernels/on_device/*.py)
+  tests+=("${without[@]/#/--ignore=}")
+fi
+
+part device_tests "$TESTS" "$PYTHON" -m pytest "${tests[@]}" "${parallel[@]}" -m gpu tests/kernels/on_device || wrong=1
+part peers "$PEERS" "$PYTHON" -m pytest "${tests[@]}" tests/kernels/test_peers.py || wrong=1
+limit=$(($(left) - TILES))
+part kernels "$limit" "$PYTHON" -m bench.bench_kernels --seconds $((limit - 45))
+limit=$(($(left) - 5))
+heads=(128)
+((limit > 2 * TILES)) && heads+=(64)
+part tiles "$limit" "$PYTHON" -m bench.bench_tiles --head "${heads[@]}" --seconds $((limit - 15))
+find bench/results -maxdepth 1 -name '*.json' -newer "$OUT/environment.log" -exec cp -t "$OUT" {} +
+
+{
+  echo
+  cat "$OUT/environment.log"
+  # Of the table, what is measured against a target or went wrong; the rest is in the log.
+  grep -E ' (met|yes|no|no peer)$|failed|not measured|WRONG|launch-bound|^(ceilings|CPU|[0-9]+ of)' "$OUT/kernels.log"
+  grep -E '^    [(#]|^WRONG|NOT admissible' "$OUT/tiles.log"
+  printf '%s\n' "${summary[@]}"
+  for file in "${without[@]}"; do echo "not run, as there is no hypothesis: $file"; done
+  echo "logs and results: $OUT"
+} | tee "$OUT/summary.txt"
+exit "$wrong"
