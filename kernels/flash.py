@@ -51,8 +51,9 @@ class Tiles(NamedTuple):
     stages: int
 
 
-# Largest tiles that compile without spills and within shared memory, triton 3.6 and 3.9 (bench/bench_tiles.py); the
-# sm_80 ones stay within the 99 KiB of sm_86, sm_89 and sm_120. Not yet timed on a GPU.
+# Large tiles that compile without spills and within shared memory, triton 3.6 and 3.9 (bench/bench_tiles.py); the
+# sm_80 ones stay within the 99 KiB of sm_86, sm_89 and sm_120. 128 x 128 would fit as well for dq on sm_90 and for the
+# forward on sm_80 at 64; dkdv on sm_80 spills 12 bytes at 128 under 3.9, 8 at 64 under 3.6. Not yet timed on a GPU.
 # (kernel, architecture, padded head size, bytes of a number)
 TILES = {
     ("forward", 80, 64, 2): Tiles(128, 64, 8, 3),
