@@ -1,0 +1,178 @@
+"""gpu_all.sh: without a GPU it says so; with one (played by a script) every part runs in its time, whatever fails."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SCRIPT = ROOT / "bench/gpu_all.sh"
+
+# In the place of python: one GPU, and parts that do what the variables say.
+PLAYED = """#!/usr/bin/env bash
+case "$*" in
+  *device_count*) echo "${GPUS:-1}" ;;
+  *find_spec*) for absent in $ABSENT; do [[ $* == *"'$absent'"* ]] && exit 1; done; exit 0 ;;
+  "-m pip"*) echo "pip $*" >>"$CALLS" ;;
+  "-m pytest"*on_device*) echo "$*" >>"$CALLS"; echo "${DEVICE_SAYS:-12 passed in 3.4s}"; eval "${DO_DEVICE:-true}" ;;
+  "-m pytest"*) echo "$*" >>"$CALLS"; echo "5 passed in 1s"; eval "${DO_PEERS:-true}" ;;
+  "-m bench.bench_kernels"*)
+    echo "$*" >>"$CALLS"
+    echo "operation  ours  peer  ratio  hoped  met"
+    echo "a row      400 TFLOP/s  cudnn 300 TFLOP/s  1.33x  >= 1.00x  yes"
+    echo "           flex 100 TFLOP/s  4.00x"
+    echo "1 of 1 rows measured; 1 of 1 targets met"
+    eval "${DO_KERNELS:-true}" ;;
+  "-m bench.bench_tiles"*)
+    echo "$*" >>"$CALLS"
+    echo '    ("dq", 90, 128, 2): Tiles(64, 64, 8, 2),  # time'
+    eval "${DO_TILES:-true}" ;;
+  "-") cat >/dev/null; echo "python 3.12.3, torch 2.11.0, triton 3.6.0" ;;
+esac
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., tuple[subprocess.CompletedProcess[str], Path, list[str]]]:
+    """run(VARIABLE=..., ...): the script with the played python; what it printed, its OUT, the commands it ran."""
+
+    def run(**variables: str) -> tuple[subprocess.CompletedProcess[str], Path, list[str]]:
+        played, out, calls = tmp_path / "python", tmp_path / "out", tmp_path / "calls"
+        played.write_text(PLAYED)
+        played.chmod(0o755)
+        calls.write_text("")
+        environment = {**os.environ, "PYTHON": str(played), "OUT": str(out), "CALLS": str(calls), "ABSENT": ""}
+        done = subprocess.run(
+            [str(SCRIPT)], env={**environment, **variables}, capture_output=True, text=True, check=False, timeout=120
+        )
+        return done, out, calls.read_text().splitlines()
+
+    return run
+
+
+def status(stdout: str) -> dict[str, str]:
+    """What the summary says of each part."""
+    parts = ("device_tests", "peers", "kernels", "tiles")
+    words = [line.split() for line in stdout.splitlines()]
+    return {w[0]: " ".join(w[1:3]) if w[1] == "not" else w[1] for w in words if len(w) > 2 and w[0] in parts}
+
+
+def test_the_script_is_sound() -> None:
+    subprocess.run(["bash", "-n", str(SCRIPT)], check=True)
+    assert os.access(SCRIPT, os.X_OK)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
+def test_without_a_gpu_it_says_so_and_shows_the_table(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHON": sys.executable, "OUT": str(tmp_path / "out")}
+    done = subprocess.run([str(SCRIPT)], env=environment, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "no GPU: nothing is measured"
+    assert lines[1].startswith("operation")
+    assert done.stdout.count("not measured  no GPU") == len(lines) - 3
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_torch_it_names_the_remedy() -> None:
+    done = subprocess.run([str(SCRIPT)], env={**os.environ, "PYTHON": "false"}, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "set PYTHON" in done.stderr
+
+
+def test_every_part_runs_in_order(run: Callable[..., tuple]) -> None:
+    done, out, calls = run()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert status(done.stdout) == dict.fromkeys(("device_tests", "peers", "kernels", "tiles"), "ok")
+    assert [call.split()[1] for call in calls] == ["pytest", "pytest", "bench.bench_kernels", "bench.bench_tiles"]
+    assert "-n " in calls[0]
+    assert "--dist loadgroup" in calls[0]
+    assert "-m gpu tests/kernels/on_device" in calls[0]
+    assert calls[1].endswith("tests/kernels/test_peers.py")
+    assert "strict-markers" not in calls[0]
+    assert "addopts" not in calls[0]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "device_tests.log",
+        "environment.log",
+        "kernels.log",
+        "peers.log",
+        "summary.txt",
+        "tiles.log",
+    ]
+    summary = (out / "summary.txt").read_text()
+    assert done.stdout.endswith(summary)
+    for said in ("triton 3.6.0", "1.33x", "1 of 1 rows measured", "Tiles(64, 64, 8, 2)", "12 passed in 3.4s"):
+        assert said in summary
+    assert "flex" not in summary  # in the log only: it has no target
+
+
+def test_the_time_is_shared_out(run: Callable[..., tuple]) -> None:
+    _, _, calls = run(TIME="480")
+    kernels, tiles = (float(call.partition("--seconds ")[2].split()[0]) for call in calls[2:])
+    assert 340 < kernels <= 480 - 80 - 45  # all that is left but for the tiles, less what it may take beyond
+    assert 440 < tiles <= 480 - 5 - 15
+    assert "--head 128 64" in calls[3]
+    _, _, calls = run(TIME="150")
+    assert "--head 128 --seconds" in calls[3]
+
+
+@pytest.mark.parametrize(
+    ("variables", "failed", "code"),
+    [
+        ({"DO_DEVICE": "exit 1", "DEVICE_SAYS": "1 failed, 11 passed"}, "device_tests", 1),
+        ({"DO_DEVICE": "exit 5", "DEVICE_SAYS": "no tests ran"}, "device_tests", 1),
+        ({"DO_PEERS": "exit 1"}, "peers", 1),
+        ({"DO_KERNELS": "exit 1"}, "kernels", 0),
+        ({"DO_TILES": "kill -SEGV $$"}, "tiles", 0),
+    ],
+)
+def test_a_part_that_fails_stops_nothing(
+    run: Callable[..., tuple], variables: dict[str, str], failed: str, code: int
+) -> None:
+    done, _, calls = run(**variables)
+    assert done.returncode == code
+    assert len(calls) == 4
+    found = status(done.stdout)
+    assert found.pop(failed) == "FAILED"
+    assert set(found.values()) == {"ok"}
+    assert variables.get("DEVICE_SAYS", "") in done.stdout
+
+
+def test_a_part_that_hangs_is_stopped_with_what_it_started(run: Callable[..., tuple], tmp_path: Path) -> None:
+    child = tmp_path / "child"
+    begin = time.monotonic()
+    done, _, calls = run(DO_DEVICE=f"sleep 300 & echo $! > {child}; wait", TESTS="2")
+    assert time.monotonic() - begin < 60
+    assert status(done.stdout) == {"device_tests": "STOPPED", "peers": "ok", "kernels": "ok", "tiles": "ok"}
+    assert done.returncode == 1
+    assert len(calls) == 4
+    for _ in range(50):
+        if not Path(f"/proc/{child.read_text().strip()}").exists():
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("what the part started still runs")
+
+
+def test_what_no_time_is_left_for_is_not_run(run: Callable[..., tuple]) -> None:
+    done, _, calls = run(DO_DEVICE="sleep 3", TIME="2", TESTS="2")
+    assert status(done.stdout) == {"device_tests": "STOPPED"} | dict.fromkeys(("peers", "kernels", "tiles"), "not run")
+    assert done.returncode == 1
+    assert len(calls) == 1
+
+
+def test_what_is_missing_is_done_without(run: Callable[..., tuple]) -> None:
+    done, _, calls = run(ABSENT="xdist pytest_timeout hypothesis")
+    assert done.returncode == 0
+    assert "-n " not in calls[0]
+    assert "PytestUnknownMarkWarning" in calls[0]
+    named = "tests/kernels/on_device/test_flash.py"
+    assert f"--ignore={named}" in calls[0]
+    assert f"not run, as there is no hypothesis: {named}" in done.stdout
