@@ -26,7 +26,7 @@ $(TINY)/config.json: | .venv/installed
 	$(BIN)/python train.py --resume_from_checkpoint auto
 
 test: lint .venv/triton-3.6/installed
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu"
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -18,10 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.flash import HIDDEN, LOG2_E, padded
+from kernels.launch import OPTIONS
 from kernels.reference import Documents
 
 PART = 256  # keys of one program: 64 KiB of a 16-bit cache at K = 128 against 2 KiB of results for a group of 4
-TILE = {2: 64, 4: 32}  # keys at a time by bytes of a number: 64 in fp32 spill 452 bytes at K = 128 on sm_90
+TILE = {2: 64, 4: 16}  # keys at a time by bytes of a number: 32 in fp32 spill 328 bytes at K = 128 on sm_86
 MOST_ROWS = 64  # queries times heads of a group, the rows of one program
 
 
@@ -165,9 +166,10 @@ def attention_decode(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None) -> T
         PRECISION="ieee",
         **constants,
         num_warps=4,
+        **OPTIONS,
         num_stages=3 if q.dtype.itemsize == 2 else 1,
     )
-    attention_join_kernel[(T * (H // G), G, B)](kept, tops, totals, o, parts, BLOCK_P=16, **constants)
+    attention_join_kernel[(T * (H // G), G, B)](kept, tops, totals, o, parts, BLOCK_P=16, **constants, **OPTIONS)
     return o
 
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from kernels.launch import rows
+from kernels.launch import OPTIONS, rows
 
 BLOCK = 2048  # numbers of a program
 WARPS = 4  # so 16 numbers a thread, of each tensor: 2 loads of 16 bytes of bf16
@@ -85,7 +85,7 @@ def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
     """y, contiguous, in the shape and dtype of gate."""
     y = gate.new_empty(gate.shape)
     gate, up, F, grid = _cut(gate, up)
-    swiglu_forward_kernel[grid](gate, gate.stride(0), up, up.stride(0), y, F, BLOCK, num_warps=WARPS)
+    swiglu_forward_kernel[grid](gate, gate.stride(0), up, up.stride(0), y, F, BLOCK, num_warps=WARPS, **OPTIONS)
     return y
 
 
@@ -100,7 +100,7 @@ def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tenso
     dgate, dup = gate.new_empty(gate.shape), up.new_empty(up.shape)
     gate, up, F, grid = _cut(gate, up)
     swiglu_backward_kernel[grid](
-        dy.contiguous(), gate, gate.stride(0), up, up.stride(0), dgate, dup, F, BLOCK, num_warps=WARPS
+        dy.contiguous(), gate, gate.stride(0), up, up.stride(0), dgate, dup, F, BLOCK, num_warps=WARPS, **OPTIONS
     )
     return dgate, dup
 

@@ -15,6 +15,9 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST = 80  # sm_80, the A100: the first with bf16 products and asynchronous copies
+# What every launch asks of the compiler: a * b + c in one rounding, which from triton 3.10 on is not its default (3.9
+# warns of it).
+OPTIONS = {"enable_fp_fusion": True}
 STAND_IN_MULTIPROCESSORS = 4  # where no device says: the interpreter, a compile check
 
 

@@ -27,6 +27,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from kernels.launch import OPTIONS
+
 LOGITS_BYTES = 256 * 2**20  # logits of a chunk, where that is more than FEWEST_ROWS
 FEWEST_ROWS = 2048  # rows of a chunk at least: see rows_per_chunk
 BLOCK = 8192  # columns that a program takes at a time
@@ -143,6 +145,7 @@ def launch(
         BLOCK=block,
         GROUP=16 // logits.element_size(),
         num_warps=max(4, block // (32 * VALUES)),
+        **OPTIONS,
     )
 
 

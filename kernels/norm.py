@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from kernels.launch import architecture, multiprocessors, rows
+from kernels.launch import OPTIONS, architecture, multiprocessors, rows
 
 LARGEST = 16384  # numbers in a row
 PER_THREAD = 16  # numbers of a tile: 2 loads of 16 bytes of bf16, 4 of fp32
@@ -196,6 +196,7 @@ def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> 
         COLUMNS=c.columns,
         ADD=extra is not None,
         num_warps=c.warps,
+        **OPTIONS,
     )
     return h, y, rstd
 
@@ -250,9 +251,10 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dh: T
         ADD=past is not None,
         STAGES=stages(D, x.dtype.itemsize * (2 if past is None else 3), architecture(x.device)),
         num_warps=c.warps,
+        **OPTIONS,
     )
     sum_programs_kernel[(triton.cdiv(D, SUM_COLUMNS),)](
-        parts, dw, programs, D=D, ROWS=SUM_ROWS, COLUMNS=SUM_COLUMNS, num_warps=8
+        parts, dw, programs, D=D, ROWS=SUM_ROWS, COLUMNS=SUM_COLUMNS, num_warps=8, **OPTIONS
     )
     return dx, dw
 

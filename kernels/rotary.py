@@ -20,6 +20,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from kernels.launch import OPTIONS
+
 PAIRS = 2048  # of a tile of heads: 16 KiB of bf16 under way for a program
 PER_THREAD = 16  # of them
 
@@ -118,6 +120,7 @@ def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple
         BLOCK_HALF=width,
         BACK=back,
         num_warps=min(8, max(1, max(blocks) * width // (32 * PER_THREAD))),
+        **OPTIONS,
     )
     return q_out, k_out
 
