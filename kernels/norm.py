@@ -99,7 +99,7 @@ def rms_norm_forward_kernel(
         h = (x + s).to(H.dtype.element_ty)
         tl.store(H + out, h, inside)
         x = h.to(tl.float32)
-    rstd = tl.rsqrt(tl.sum(x * x, 1) / D + eps.to(tl.float32))
+    rstd = tl.rsqrt(tl.sum(x * x, 1) / D + eps)
     tl.store(RSTD + n, rstd, n < N)
     normed = (x * rstd[:, None]).to(Y.dtype.element_ty).to(tl.float32)
     tl.store(Y + out, (normed * w[None, :]).to(Y.dtype.element_ty), inside)
@@ -125,11 +125,12 @@ def rms_norm_backward_kernel(
     STAGES: tl.constexpr,
 ) -> None:
     """dx of every so-many-th tile of rows, and their share of dw in this program's row of DW (programs, D)."""
+    lane = tl.arange(0, ROWS).to(tl.int64)
     d = tl.arange(0, COLUMNS)
     w = tl.load(W + d, d < D, other=0.0).to(tl.float32)
     dw = tl.zeros([ROWS, COLUMNS], tl.float32)
     for tile in tl.range(tl.program_id(0), (N + ROWS - 1) // ROWS, tl.num_programs(0), num_stages=STAGES):
-        n = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        n = tile * ROWS + lane
         inside = (n < N)[:, None] & (d < D)[None, :]
         rstd = tl.load(RSTD + n, n < N, other=0.0)
         x = tl.load(X + n[:, None] * x_step + d[None, :], inside, other=0.0).to(tl.float32)
