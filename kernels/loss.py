@@ -288,10 +288,10 @@ def linear_cross_entropy(
 
     x (N, D) and weight (V, D) of one dtype, last dimension contiguous; targets (N,) int64; token_weights (N,) fp32, 1
     where not given, without gradient. A row whose target is ignore_index, or whose weight is 0, counts nothing,
-    whatever x holds there; its part in the products is paid for all the same, because to leave it out the host would
-    have to wait for the device. Softmax and sums in fp32, logits and their gradients in x.dtype. A target outside the
-    vocabulary makes the loss NaN. The gradients are made with the loss, if x or weight asks for them. No second
-    derivative.
+    whatever finite numbers x holds there (what is not finite stays out of loss and dx, but 0 times it is NaN in dw);
+    its part in the products is paid for all the same, because to leave it out the host would have to wait for the
+    device. Softmax and sums in fp32, logits and their gradients in x.dtype. A target outside the vocabulary makes the
+    loss NaN. The gradients are made with the loss, if x or weight asks for them. No second derivative.
     """
     grad = torch.is_grad_enabled()
     need_dx, need_dw = grad and x.requires_grad, grad and weight.requires_grad
