@@ -69,7 +69,8 @@ def test_a_thread_holds_accumulators_and_scores() -> None:
         (80, "bf16", {"shared": 99 * 1024}, True),
         (80, "bf16", {"shared": 99 * 1024 + 1}, False),  # an A100 has more; sm_86 shares the entry
         (120, "bf16", {"shared": 99 * 1024 + 1}, False),
-        (90, "fp32", {"shared": 99 * 1024 + 1}, False),  # fp32 has one entry for all
+        (80, "fp32", {"shared": 99 * 1024 + 1}, False),
+        (90, "fp32", {"shared": 99 * 1024 + 1}, True),
     ],
 )
 def test_admissible_is_no_spill_and_room_for_all_who_share_the_entry(
