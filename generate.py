@@ -47,7 +47,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1, ...")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: as the weights are stored")
     add("--kernels", default="auto", metavar="K", help="auto (our Triton kernels on a GPU), triton, torch, ...")
-    add("--verbose", action="store_true", help="say on stderr what was loaded and which kernels run")
+    add(
+        "--verbose",
+        action="store_true",
+        help="say on stderr what was loaded and which kernels run (on a GPU it always does)",
+    )
     args = p.parse_args(argv)
     if args.prompt is not None and args.input is not None:
         p.error("--prompt and --input exclude each other")
@@ -89,7 +93,9 @@ def load(args: argparse.Namespace) -> Doctor:
     )
     doctor.request([doctor.tokenizer.bos_id])  # checks the rest of the settings
     if args.verbose:
-        print(f"{doctor.describe()}\n{kernels.describe(device)}", file=sys.stderr)
+        print(doctor.describe(), file=sys.stderr)
+    if args.verbose or args.kernels != "auto" or device != "cpu":  # on a CPU there is nothing to choose from
+        print(kernels.describe(device), file=sys.stderr)
     return doctor
 
 

@@ -151,6 +151,13 @@ def test_the_last_trained_model_is_the_default(generate: Generate, folder: Path,
     assert f"{tmp_path}/gone" in err
 
 
+def test_kernels_that_were_asked_for_are_named(generate: Generate) -> None:
+    code, _, err = generate("--prompt", "x", "--kernels", "torch")
+    assert code == 0
+    assert "kernels: torch" in err
+    assert "(asked for)" in err
+
+
 def test_verbose_says_which_kernels_run(generate: Generate) -> None:
     _, _, err = generate("--prompt", "x", "--verbose")
     assert "kernels: " in err
