@@ -1,4 +1,4 @@
-"""THE seam between the model and its arithmetic: five operations, checked, then sent to an implementation.
+"""THE seam between the model and its arithmetic: six operations, checked, then sent to an implementation.
 
 Callers say `kernels.attention(...)`; which code runs is chosen per call, reported by describe() and set by use():
 the Triton kernels where they can run, else plain PyTorch (reference.py, which defines the numerics). Tensors and
@@ -17,6 +17,7 @@ from kernels.reference import Documents
 __all__ = [
     "BACKENDS",
     "Documents",
+    "adamw",
     "attention",
     "describe",
     "linear_cross_entropy",
@@ -199,3 +200,47 @@ def linear_cross_entropy(
         _check_last_dimension("linear_cross_entropy", x, weight)
         return loss.linear_cross_entropy(x, weight, targets, ignore_index, token_weights)
     return reference.linear_cross_entropy(x, weight, targets, ignore_index, token_weights)
+
+
+def adamw(
+    weight: Tensor,
+    low: Tensor | None,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    scale: Tensor,
+    *,
+    keep: float,
+    rate: float,
+    beta1: float,
+    beta2: float,
+    root: float,
+    eps: float,
+    seed: int,
+) -> None:
+    """One AdamW update in place, computed in fp32.
+
+    All flat and contiguous, of one length but for scale, an fp32 scalar that gradient is multiplied by. weight: fp32
+    with low None, or bf16 with low int16, its other half (reference.split). Moments both fp32, or both bf16: then
+    rounded at random, by seed. keep: 1 - lr * weight_decay. rate: lr / (1 - beta1^t). root: sqrt(1 - beta2^t).
+    """
+    for name, t in (("low", low), ("gradient", gradient), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+        if t is not None and (t.shape != weight.shape or t.ndim != 1 or not t.is_contiguous()):
+            raise ValueError(f"adamw: {name} {tuple(t.shape)} is no flat contiguous tensor like weight {weight.shape}")
+    if not weight.is_contiguous():
+        raise ValueError("adamw: weight must be contiguous")
+    if (weight.dtype, None if low is None else low.dtype) not in (
+        (torch.float32, None),
+        (torch.bfloat16, torch.int16),
+    ):
+        raise ValueError(f"adamw: weight {weight.dtype} with low half {None if low is None else low.dtype}")
+    if exp_avg.dtype != exp_avg_sq.dtype or exp_avg.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"adamw: moments {exp_avg.dtype} and {exp_avg_sq.dtype}: float32 or bfloat16 are needed")
+    _check_devices("adamw", weight, low=low, gradient=gradient, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, scale=scale)
+    numbers = {"keep": keep, "rate": rate, "beta1": beta1, "beta2": beta2, "root": root, "eps": eps, "seed": seed}
+    if _by_triton("adamw", weight):
+        from kernels import optimizer
+
+        optimizer.adamw(weight, low, gradient, exp_avg, exp_avg_sq, scale, **numbers)
+    else:
+        reference.adamw(weight, low, gradient, exp_avg, exp_avg_sq, scale, **numbers)

@@ -13,6 +13,7 @@ from torch.autograd.function import FunctionCtx
 
 TILE = 128  # query rows per tile where documents or a cache bound what a row may see
 LOGITS_BYTES = 64 * 2**20  # fp32 logits held at a time by linear_cross_entropy
+ADAMW_NUMBERS = 2**18  # of a parameter at a time: what adamw needs beside it stays in the cache
 
 Documents = tuple[Tensor, Tensor]
 
@@ -160,3 +161,63 @@ def linear_cross_entropy(
     token_weights, and no second derivative.
     """
     return _LinearCrossEntropy.apply(x, weight, targets, ignore_index, token_weights)
+
+
+def joined(high: Tensor, low: Tensor) -> Tensor:
+    """The fp32 numbers whose halves these are: high bf16, low int16. See split."""
+    return ((high.view(torch.int16).int() << 16) + low.int()).view(torch.float32)
+
+
+def split(x: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 numbers as two halves without loss: rounded to bf16 (half-way cases away from 0), and the rest as int16."""
+    bits = x.view(torch.int32)
+    high = (bits + 0x8000) >> 16
+    return high.short().view(torch.bfloat16), (bits - (high << 16)).short()
+
+
+def adamw(
+    weight: Tensor,
+    low: Tensor | None,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    scale: Tensor,
+    *,
+    keep: float,
+    rate: float,
+    beta1: float,
+    beta2: float,
+    root: float,
+    eps: float,
+    seed: int,
+) -> None:
+    """One AdamW update of a flat parameter in place, in fp32; the arguments of kernels.adamw."""
+    for at in range(0, weight.numel(), ADAMW_NUMBERS):
+        part = slice(at, at + ADAMW_NUMBERS)
+        w = weight[part] if low is None else joined(weight[part], low[part])
+        g = gradient[part].float() * scale
+        m = torch.lerp(exp_avg[part].float(), g, 1 - beta1)
+        v = torch.addcmul(exp_avg_sq[part].float() * beta2, g, g, value=1 - beta2)
+        w = w * keep - rate * (m / (v.sqrt() / root + eps))
+        if low is None:
+            weight[part] = w
+        else:
+            weight[part], low[part] = split(w)
+        if exp_avg.dtype == torch.bfloat16:
+            random = _random_bits(at, len(w), seed, w.device)
+            m, v = _rounded_at_random(m, random & 0xFFFF), _rounded_at_random(v, random >> 16)
+        exp_avg[part], exp_avg_sq[part] = m, v
+
+
+def _random_bits(first: int, count: int, seed: int, device: torch.device) -> Tensor:
+    """32 bits of each place, as int64, that look random: a hash of place and seed (Wellons' finaliser)."""
+    mask = 0xFFFFFFFF
+    x = (torch.arange(first, first + count, device=device) ^ seed) & mask
+    x = (x ^ (x >> 16)) * 0x7FEB352D & mask
+    x = (x ^ (x >> 15)) * 0x846CA68B & mask
+    return x ^ (x >> 16)
+
+
+def _rounded_at_random(x: Tensor, random: Tensor) -> Tensor:
+    """fp32 x as bf16, rounded up in magnitude with the probability of what is cut off; random: 16 bits each."""
+    return ((x.view(torch.int32) + random.int()) >> 16).short().view(torch.bfloat16)
