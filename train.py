@@ -33,6 +33,7 @@ from llama.command_line import LATEST
 from llama.config import PRESETS, LlamaConfig
 from llama.generation import Request, answer_batch
 from llama.model import Llama
+from llama.optimizer import SplitAdamW
 from llama.parallel import Stop, World
 from llama.runlog import RunLog, draw_loss
 from llama.sampling import SamplingParams
@@ -88,7 +89,7 @@ class Run:
     source: Source
     batches: loader.Loader
     model: Llama
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     output_dir: Path
 
 
@@ -146,37 +147,41 @@ def training_texts(args: TrainArguments) -> Iterable[str]:
 
 
 def build_model(args: TrainArguments, source: Source, world: World) -> Llama:
-    """The model on this rank's device, sharded and ready to train; weights read slice by slice, or random."""
+    """The model on this rank's device, sharded and ready to train, without values yet."""
     with torch.device("meta"):
         model = Llama(source.config)
+    if args.split_weights:
+        model.to(torch.bfloat16)
+    offload = "offload" in args.fsdp
     parallel.prepare(
         model,
         model.layers,
         world,
         bf16=args.bf16,
         reshard_after_forward="shard_grad_op" not in args.fsdp,
+        offload=offload,
         recompute=args.gradient_checkpointing,
         compiled=args.torch_compile,
     )
-    model.to_empty(device=world.device)
-    if source.weights is None:
-        model.init_weights(args.seed, parallel.assign)
-    else:
-        checkpoint.load_weights(model, source.weights)
-    return model
+    return model.to_empty(device="cpu" if offload else world.device)
 
 
-def build_optimizer(args: TrainArguments, model: Llama) -> torch.optim.AdamW:
-    """Fused AdamW with fp32 state, which exists from the start, so that a checkpoint can be read into it."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        eps=args.adam_epsilon,
-        fused=True,
-    )
+def build_optimizer(args: TrainArguments, model: Llama) -> torch.optim.Optimizer:
+    """AdamW, whose state exists from the start, so that a checkpoint can be read into it."""
+    names = {p: name for name, p in model.named_parameters()}
+    groups = [
+        {"params": [p for p in names if p.ndim > 1], "weight_decay": args.weight_decay},
+        {"params": [p for p in names if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    common: dict[str, Any] = {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+    }
+    if args.split_weights:
+        moments = torch.bfloat16 if args.optim == "adamw_split_bf16" else torch.float32
+        return SplitAdamW(groups, names, moments=moments, seed=args.seed, **common)
+    optimizer = torch.optim.AdamW(groups, fused=True, **common)
     for p in model.parameters():
         optimizer.state[p] = {
             "step": torch.zeros((), dtype=torch.float32, device=p.device),
@@ -184,6 +189,15 @@ def build_optimizer(args: TrainArguments, model: Llama) -> torch.optim.AdamW:
             "exp_avg_sq": torch.zeros_like(p),
         }
     return optimizer
+
+
+def fill_weights(args: TrainArguments, source: Source, model: Llama, optimizer: torch.optim.Optimizer) -> None:
+    """The weights that a run starts from: read slice by slice from a checkpoint, or random."""
+    assign = optimizer.assign if isinstance(optimizer, SplitAdamW) else checkpoint.copied
+    if source.weights is None:
+        model.init_weights(args.seed, lambda p, full: assign(p, parallel.part_of(full, p)))
+    else:
+        checkpoint.load_weights(model, source.weights, assign)
 
 
 # --- data -----------------------------------------------------------------------------------------
@@ -263,18 +277,31 @@ def train_step(run: Run, step: loader.Step, rate: float, stopping: bool) -> Step
         if suspect is None and not math.isfinite(sums[0]):
             suspect = batch
     sums[1] = float(stopping)
-    norm = parallel.clip_grad_norm(run.model.parameters(), run.args.max_grad_norm).item()
+    norm = parallel.grad_norm(run.model.parameters(), run.world)
     parallel.all_reduce(sums)
     if suspect is not None:
         raise BadBatch(f"the loss is {sums[0]} in the batch of records {record_names([suspect])}; nothing was updated")
-    if not (math.isfinite(sums[0]) and math.isfinite(norm)):
+    if not (math.isfinite(sums[0]) and math.isfinite(norm.item())):
         names = record_names(step.micro_batches)
         raise NonFinite(f"loss {sums[0]}, gradient norm {norm} in the step of records {names}; nothing was updated")
+    update(run, norm, rate)
+    return StepResult(sums[0].item() / step.supervised_tokens, norm.item(), sums[1].item() > 0)
+
+
+def update(run: Run, norm: torch.Tensor, rate: float) -> None:
+    """One optimizer step at this learning rate, gradients scaled down to max_grad_norm (0: as they are)."""
     for group in run.optimizer.param_groups:
         group["lr"] = rate
-    run.optimizer.step()
+    limit = run.args.max_grad_norm
+    scale = (limit / (norm + 1e-6)).clamp(max=1.0) if limit else torch.ones_like(norm)
+    if isinstance(run.optimizer, SplitAdamW):
+        run.optimizer.step(scale)
+    else:
+        if limit:
+            grads = [parallel.local(p.grad) for p in run.model.parameters() if p.grad is not None]
+            torch._foreach_mul_(grads, scale.to(grads[0].device))
+        run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
-    return StepResult(sums[0].item() / step.supervised_tokens, norm, sums[1].item() > 0)
 
 
 def model_inputs(batch: loader.Batch, world: World) -> tuple[Any, ...]:
@@ -377,7 +404,7 @@ def save_finished(run: Run) -> None:
     dtype = args.save_dtype if args.save_dtype != "auto" else "bfloat16" if args.bf16 else "float32"
     training_state.save_sharded_model(
         run.output_dir,
-        parallel.full_tensors(run.model),
+        parallel.full_tensors(run.model, run.optimizer.master if args.split_weights else parallel.local),
         source.config,
         source.tokenizer,
         source.chat_format,
@@ -527,7 +554,9 @@ def execute(args: TrainArguments, world: World) -> int:
     if args.overwrite_output_dir and not args.resume_from_checkpoint:
         training_state.on_first_rank(lambda: training_state.forget(output_dir))
     model = build_model(args, source, world)
-    run = Run(args, world, source, batches, model, build_optimizer(args, model), output_dir)
+    optimizer = build_optimizer(args, model)
+    fill_weights(args, source, model, optimizer)
+    run = Run(args, world, source, batches, model, optimizer, output_dir)
     where = f"{world.size} x {world.device.type}" if world.size > 1 else str(world.device)
     say(world, f"model: {source.config.n_params():,} parameters on {where}; {kernels.describe(world.device)}")
     with Stop() as stop:
@@ -544,7 +573,7 @@ def main(argv: list[str] | None = None) -> int:
     rank = int(os.environ.get("RANK", 0))
     try:
         args = parse(sys.argv[1:] if argv is None else argv, BUILTIN)
-        world = parallel.init(args.device, sharded=args.bf16)
+        world = parallel.init(args.device, sharded=args.sharded, hybrid="hybrid_shard" in args.fsdp)
         return execute(args, world)
     except ValueError as e:
         remedy = " (--skip_bad_records sets such records aside and goes on)" if isinstance(e, BadRecord) else ""

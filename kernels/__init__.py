@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels import launch, peers, reference
-from kernels.reference import Documents
+from kernels.reference import Documents, joined, split
 
 __all__ = [
     "BACKENDS",
@@ -20,9 +20,11 @@ __all__ = [
     "adamw",
     "attention",
     "describe",
+    "joined",
     "linear_cross_entropy",
     "rms_norm",
     "rope",
+    "split",
     "swiglu",
     "use",
 ]

@@ -75,14 +75,23 @@ class TrainArguments:
     adam_beta2: float = flag(0.999, "AdamW's second beta")
     adam_epsilon: float = flag(1e-8, "AdamW's epsilon")
     max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm; 0: never")
-    optim: str = flag("adamw_torch", "optimizer", choices=("adamw_torch", "adamw_torch_fused"))
+    optim: str = flag(
+        "adamw_torch",
+        "adamw_torch: fp32 weights, gradients, moments, 16 bytes a parameter; with --bf16, adamw_split: exact fp32 "
+        "weights in two halves, bf16 gradients, 14 bytes; adamw_split_bf16: moments in bf16 too, 10 bytes",
+        choices=("adamw_torch", "adamw_torch_fused", "adamw_split", "adamw_split_bf16"),
+    )
     seed: int = flag(42, "seed of weights and data order")
 
     # machine
     bf16: bool = flag(False, "compute in bfloat16; weights and optimizer stay fp32")
     fp16: bool = flag(False, "not supported: use --bf16")
     tf32: bool = flag(False, "let fp32 matrix products on GPU round their inputs to TF32")
-    fsdp: str = flag("full_shard", "full_shard (weights gathered again in backward) or shard_grad_op (kept gathered)")
+    fsdp: str = flag(
+        "full_shard",
+        "full_shard (weights gathered again in backward), shard_grad_op (kept gathered), hybrid_shard (sharded within "
+        "a node, copied between nodes); with offload: weights, gradients and optimizer in the CPU's memory",
+    )
     fsdp_transformer_layer_cls_to_wrap: str = flag("", "accepted; blocks are always the unit that is sharded")
     gradient_checkpointing: bool = flag(False, "recompute each block in backward instead of keeping its activations")
     torch_compile: bool = flag(False, "compile each block with torch.compile")
@@ -125,13 +134,27 @@ class TrainArguments:
             raise ValueError(f"--data_weights has {len(self.data_weights)} numbers for {len(self.data_path)} files")
         if any(not (math.isfinite(w) and w > 0) for w in self.data_weights):
             raise ValueError(f"--data_weights {' '.join(map(str, self.data_weights))}: each must be above 0")
-        unknown = set(self.fsdp.split()) - {"full_shard", "shard_grad_op", "auto_wrap"}
+        if self.split_weights and not self.bf16:
+            raise ValueError(f"--optim {self.optim} splits bf16 weights: it needs --bf16 True")
+        unknown = set(self.fsdp.split()) - {"full_shard", "shard_grad_op", "hybrid_shard", "offload", "auto_wrap"}
         if unknown:
             raise ValueError(f"--fsdp {self.fsdp!r}: {', '.join(sorted(unknown))} is not supported")
         if set(self.report_to.split(",")) - {"none", "tensorboard"}:
             raise ValueError(f"--report_to {self.report_to!r}: none and tensorboard are supported")
         if self.evaluation_strategy != "no" and self.eval_fraction == 0 and self.data_path:
             raise ValueError("--evaluation_strategy needs held-out records: give --eval_fraction, 0.02 for instance")
+
+    @property
+    def split_weights(self) -> bool:
+        """Weights are bf16 halves of fp32 ones."""
+        return self.optim.startswith("adamw_split")
+
+    @property
+    def sharded(self) -> bool:
+        """Whether a single process needs fully_shard: bf16 over fp32 weights, fp32 sums of bf16 gradients, offload."""
+        return "offload" in self.fsdp or (
+            self.bf16 and not (self.split_weights and self.gradient_accumulation_steps == 1)
+        )
 
 
 _POSITIVE = (

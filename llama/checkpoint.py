@@ -12,11 +12,12 @@ that what is loaded is what was stored; whoever samples must leave out ids from 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -135,9 +136,15 @@ class _NoInit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def load_weights(model: Llama, path: str | Path) -> None:
+def copied(parameter: nn.Parameter, values: Tensor) -> None:
+    """Store this rank's part of a weight, rounded to the parameter's number type."""
+    (parameter.to_local() if hasattr(parameter, "to_local") else parameter).copy_(values)
+
+
+def load_weights(model: Llama, path: str | Path, assign: Callable[[nn.Parameter, Tensor], object] = copied) -> None:
     """Fill a model in place, in its own dtype. Sharded parameters (DTensor): every rank reads only its slice.
 
+    assign(parameter, values): stores this rank's part of a weight, with all the bits that the file has.
     Parameters on meta are given memory first (of their mesh's device, or the CPU's). In a process group all ranks
     call it, and all raise when one fails.
     """
@@ -150,10 +157,10 @@ def load_weights(model: Llama, path: str | Path) -> None:
 
         if (path / MANIFEST).exists():
             verify_together(path)
-        together(lambda: _fill(model, path, None))
+        together(lambda: _fill(model, path, None, assign))
         return
     _check(path)
-    _fill(model, path, None)
+    _fill(model, path, None, assign)
 
 
 def _check(path: Path) -> None:
@@ -166,7 +173,9 @@ def _is_training_state(path: Path) -> bool:
 
 
 @torch.no_grad()
-def _fill(model: Llama, path: Path, weights: Weights | None) -> None:
+def _fill(
+    model: Llama, path: Path, weights: Weights | None, assign: Callable[[nn.Parameter, Tensor], object] = copied
+) -> None:
     if _is_training_state(path):
         from llama.training_state import read_tensors  # torch.distributed.checkpoint takes 0.7 s to import
 
@@ -180,9 +189,9 @@ def _fill(model: Llama, path: Path, weights: Weights | None) -> None:
             shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
             if 0 not in shape:
                 where = tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
-                p.to_local().copy_(weights.read(name, where))
+                assign(p, weights.read(name, where))
         else:
-            p.copy_(weights.read(name))
+            assign(p, weights.read(name))
 
 
 # --- writing --------------------------------------------------------------------------------------

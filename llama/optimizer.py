@@ -18,12 +18,7 @@ import torch.nn as nn
 from torch import Tensor
 
 import kernels
-from kernels.reference import joined, split
-
-
-def local(t: Tensor) -> Tensor:
-    """This rank's part of a tensor that may be sharded."""
-    return t.to_local() if hasattr(t, "to_local") else t
+from llama.parallel import local
 
 
 class SplitAdamW(torch.optim.Optimizer):
@@ -58,13 +53,13 @@ class SplitAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def assign(self, p: nn.Parameter, values: Tensor) -> None:
         """Set this rank's part of a weight to fp32 values, all their bits."""
-        high, low = split(values.float().contiguous())
+        high, low = kernels.split(values.float().contiguous())
         local(p).copy_(high)
         local(self.state[p]["low"]).copy_(low)
 
     def master(self, p: nn.Parameter) -> Tensor:
         """This rank's part of a weight in fp32."""
-        return joined(local(p).detach(), local(self.state[p]["low"]))
+        return kernels.joined(local(p).detach(), local(self.state[p]["low"]))
 
     @torch.no_grad()
     def step(self, scale: Tensor | None = None) -> None:

@@ -1,12 +1,14 @@
 """One process or many: ranks, devices, signals, and FSDP2 over a finished module. Knows torch.nn, not Llama.
 
-train.py calls init() first and shutdown() last. A single fp32 process has no process group and no sharding; every
-other run (torchrun, or bf16 on one device) goes through fully_shard, so bf16 compute over fp32 weights is one path.
+train.py calls init() first and shutdown() last. A single process whose weights have the number type that it computes in
+has no process group and no sharding; every other run (torchrun, or bf16 over fp32 weights on one device) goes through
+fully_shard, so that mixed precision is one path.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import signal
 import sys
@@ -14,21 +16,24 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: rank of size, its device, and the mesh that shards (None: nothing is sharded)."""
+    """This process among all: rank of size, its device, and the mesh that shards (None: nothing is sharded).
+
+    A mesh of two dimensions shards along its second, the ranks of a node, and holds copies along its first.
+    """
 
     rank: int
     size: int
@@ -36,10 +41,11 @@ class World:
     mesh: DeviceMesh | None
 
 
-def init(device: str = "auto", *, sharded: bool = False) -> World:
+def init(device: str = "auto", *, sharded: bool = False, hybrid: bool = False) -> World:
     """Join the process group that torchrun describes; alone, make a group of one only if `sharded`.
 
-    ValueError if CUDA is asked for and not there.
+    hybrid: weights are sharded within a node (LOCAL_WORLD_SIZE ranks) and copied from node to node. ValueError if CUDA
+    is asked for and not there, or the nodes are of different sizes.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"--device {device!r} is not auto, cpu or cuda")
@@ -56,7 +62,13 @@ def init(device: str = "auto", *, sharded: bool = False) -> World:
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     store = None if launched() else dist.HashStore()
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(minutes=30))
-    return World(rank, size, here, init_device_mesh(kind, (size,)))
+    if not hybrid:
+        return World(rank, size, here, init_device_mesh(kind, (size,)))
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    if size % per_node:
+        raise ValueError(f"--fsdp hybrid_shard: {size} ranks are no whole number of nodes of {per_node}")
+    names = ("replicate", "shard")
+    return World(rank, size, here, init_device_mesh(kind, (size // per_node, per_node), mesh_dim_names=names))
 
 
 def shutdown() -> None:
@@ -90,29 +102,39 @@ def prepare(
     *,
     bf16: bool,
     reshard_after_forward: bool = True,
+    offload: bool = False,
     recompute: bool = False,
     compiled: bool = False,
 ) -> None:
     """Make a module ready to train in place: recompute and compile its blocks, then shard blocks and root.
 
-    bf16: blocks compute in bfloat16 over fp32 shards, and gradients are reduced in fp32.
+    bf16: blocks compute in bfloat16 over shards of any type, and gradients are reduced in fp32. offload: shards,
+    gradients and optimizer live in the CPU's memory.
     """
-    assert world.mesh is not None or not bf16, "bf16 compute over fp32 weights needs init(sharded=True)"
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else None
+    blocks = list(blocks)
     for block in blocks:
         if recompute:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
         if compiled:
             block.compile()
-        if world.mesh is not None:
-            _shard(block, world.mesh, policy, reshard_after_forward)
-    if world.mesh is not None:
-        _shard(model, world.mesh, policy, reshard_after_forward)
-
-
-def _shard(module: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy | None, reshard: bool) -> None:
-    options = {} if policy is None else {"mp_policy": policy}
-    fully_shard(module, mesh=mesh, reshard_after_forward=reshard, **options)
+    if world.mesh is None:
+        plain = {p.dtype for p in model.parameters()} == {torch.bfloat16 if bf16 else torch.float32}
+        assert plain, "mixed precision needs init(sharded=True)"
+        assert not offload, "offload needs init(sharded=True)"
+        return
+    options: dict[str, Any] = {"mesh": world.mesh}
+    if bf16:
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    if offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.accelerator.is_available())
+    for block in blocks:
+        fully_shard(block, reshard_after_forward=reshard_after_forward, **options)
+    # What the root holds itself, embedding and head, is needed again at once by the backward: it stays gathered.
+    fully_shard(model, reshard_after_forward=False, **options)
+    # Each block's weights are on their way while the one before computes: forward by order of calling, backward too.
+    for block, following in itertools.pairwise(blocks):
+        block.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([block])
 
 
 def sync_gradients(model: nn.Module, wanted: bool) -> None:
@@ -121,27 +143,41 @@ def sync_gradients(model: nn.Module, wanted: bool) -> None:
         model.set_requires_gradient_sync(wanted)
 
 
-@torch.no_grad()
-def assign(parameter: nn.Parameter, full: Tensor) -> None:
-    """Store a full tensor, equal on all ranks, into a parameter that may be sharded."""
-    if isinstance(parameter, DTensor):
-        full = full.to(parameter.device)
-        shard = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.to_local().copy_(shard.to_local())
-    else:
-        parameter.copy_(full)
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that may be sharded; it shares its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def full_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter whole and in order, one at a time, on all ranks together (each yields; one may write)."""
+def part_of(full: Tensor, parameter: nn.Parameter) -> Tensor:
+    """Of a full tensor, equal on all ranks, what this rank holds of a parameter that may be sharded."""
+    if not isinstance(parameter, DTensor):
+        return full
+    full = full.to(parameter.device_mesh.device_type)
+    return distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
+
+
+def full_tensors(model: nn.Module, values: Callable[[nn.Parameter], Tensor] = local) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter whole and in order, one at a time, on all ranks together (each yields; one may write).
+
+    values(parameter): this rank's part of what is meant by it, where that is not the parameter itself.
+    """
     for name, p in model.named_parameters():
-        yield name, p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()
+        part = values(p).detach()
+        if isinstance(p, DTensor):
+            part = part.to(p.device_mesh.device_type)  # from the CPU's memory under offload
+            part = DTensor.from_local(part, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()).full_tensor()
+        yield name, part
 
 
-def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale gradients down to max_norm (0: leave them); their norm before that, over all ranks."""
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm or float("inf"))
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+@torch.no_grad()
+def grad_norm(parameters: Iterable[nn.Parameter], world: World) -> Tensor:
+    """The L2 norm of all gradients over all ranks, an fp32 scalar on this rank's device."""
+    grads = [local(p.grad) for p in parameters if p.grad is not None]
+    squares = torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)).square().sum().to(world.device)
+    if world.mesh is not None and world.size > 1:
+        shards = world.mesh if world.mesh.ndim == 1 else world.mesh["shard"]
+        dist.all_reduce(squares, group=shards.get_group())
+    return squares.sqrt()
 
 
 def all_reduce(values: Tensor) -> Tensor:

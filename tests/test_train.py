@@ -155,7 +155,8 @@ def test_builtin_defaults_hold_only_without_data() -> None:
         (["--learning_rate", "nan"], "--learning_rate is nan"),
         (["--per_device_train_batch_size", "0"], "must be at least 1"),
         (["--data_path", "a", "b", "--data_weights", "1"], "1 numbers for 2 files"),
-        (["--fsdp", "offload"], "offload is not supported"),
+        (["--fsdp", "zero3"], "zero3 is not supported"),
+        (["--optim", "adamw_split"], "needs --bf16 True"),
         (["--evaluation_strategy", "steps", "--data_path", "a"], "give --eval_fraction"),
         (["--kernels", "triton", "--device", "cpu", "--output_dir", "out/none"], "triton was asked for, but"),
         (
@@ -247,7 +248,17 @@ def test_tensorboard_events_are_written(flags: list[str]) -> None:
     assert list(Path("out/tensorboard").glob("events.out.tfevents.*"))
 
 
-@pytest.mark.parametrize("extra", ["--bf16 True", "--gradient_checkpointing True", "--packing epoch --max_steps 3"])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        "--bf16 True",
+        "--gradient_checkpointing True",
+        "--packing epoch --max_steps 3",
+        "--bf16 True --optim adamw_split",
+        "--bf16 True --optim adamw_split_bf16",
+        "--fsdp offload",
+    ],
+)
 def test_ways_to_compute_agree(flags: list[str], extra: str) -> None:
     assert train.main([*flags, "--output_dir", "plain"]) == 0
     assert train.main([*flags, *extra.split()]) == 0
