@@ -22,6 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launch import OPTIONS
+
 BLOCK = 2048  # numbers of a program
 WARPS = 4  # so 16 numbers a thread
 
@@ -124,4 +126,5 @@ def adamw(
         AT_RANDOM=exp_avg.dtype == torch.bfloat16,
         BLOCK=BLOCK,
         num_warps=WARPS,
+        **OPTIONS,
     )
