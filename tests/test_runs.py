@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llama import checkpoint
-from llama.arguments import parse
+from llama.arguments import TrainArguments, parse
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,16 +40,30 @@ def test_both_stages_in_small(shared: Path, tmp_path: Path) -> None:
     assert again.stderr.count("is finished") == 2
 
 
+def recorder(folder: Path, *names: str) -> str:
+    """A PATH on which programs of these names print their arguments, one a line, and END."""
+    for name in names:
+        program = folder / name
+        program.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@" END\n')
+        program.chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+def commands(output: str) -> list[list[str]]:
+    return [lines.split("\n") for lines in output.strip().removesuffix("END").strip().split("\nEND\n")]
+
+
+def flags_of(command: list[str]) -> TrainArguments:
+    return parse(command[command.index("train.py") + 1 :], {})
+
+
 @pytest.mark.parametrize("gpus", [1, 4, 6, 8])
 def test_the_7b_recipe_is_chatdoctors(tmp_path: Path, gpus: int) -> None:
-    torchrun = tmp_path / "torchrun"
-    torchrun.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@" END\n')
-    torchrun.chmod(0o755)
-    done = run("chatdoctor_7b.sh", PATH=f"{tmp_path}:{os.environ['PATH']}", OUT=str(tmp_path / "out"), GPUS=str(gpus))
+    path = recorder(tmp_path, "torchrun")
+    done = run("chatdoctor_7b.sh", PATH=path, OUT=str(tmp_path / "out"), GPUS=str(gpus))
     assert done.returncode == 0, done.stderr
-    stages = [lines.split("\n") for lines in done.stdout.strip().removesuffix("END").strip().split("\nEND\n")]
-    assert len(stages) == 2
-    args = [parse(stage[stage.index("train.py") + 1 :], {}) for stage in stages]
+    args = [flags_of(stage) for stage in commands(done.stdout)]
+    assert len(args) == 2
     for a in args:
         assert a.per_device_train_batch_size * a.gradient_accumulation_steps * gpus == 192
         assert (a.learning_rate, a.num_train_epochs, a.model_max_length, a.warmup_ratio) == (2e-5, 3.0, 512, 0.03)
@@ -67,3 +81,54 @@ def test_a_number_of_gpus_that_cannot_make_192_is_refused() -> None:
     done = run("chatdoctor_7b.sh", GPUS="5")
     assert done.returncode == 2
     assert "GPUS=5 does not divide 48" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("memory", "optimizer", "recomputed"), [(141, "adamw_split", False), (80, "adamw_split_bf16", True)]
+)
+def test_the_7b_recipe_of_one_gpu(tmp_path: Path, memory: int, optimizer: str, recomputed: bool) -> None:
+    path = recorder(tmp_path, "python")
+    done = run("chatdoctor_7b_one_gpu.sh", PATH=path, MEMORY=str(memory), PYTHON="python")
+    assert done.returncode == 0, done.stderr
+    (command,) = commands(done.stdout)
+    a = flags_of(command)
+    assert a.per_device_train_batch_size * a.gradient_accumulation_steps == 128
+    assert (a.bf16, a.optim, bool(a.gradient_checkpointing)) == (True, optimizer, recomputed)
+    assert a.learning_rate == 2e-5
+    wrong = run("chatdoctor_7b_one_gpu.sh", MEMORY="16")
+    assert wrong.returncode == 2
+    assert "MEMORY=16: 141 or 80" in wrong.stderr
+
+
+def test_the_7b_recipe_of_several_nodes(tmp_path: Path) -> None:
+    path = recorder(tmp_path, "torchrun")
+    done = run("chatdoctor_7b_nodes.sh", PATH=path, HOST="node7", NODES="3:4", GPUS="8")
+    assert done.returncode == 0, done.stderr
+    (command,) = commands(done.stdout)
+    assert {"--nnodes=3:4", "--nproc_per_node=8", "--rdzv_endpoint=node7:29400", "--max-restarts=20"} <= set(command)
+    a = flags_of(command)
+    assert "hybrid_shard" in a.fsdp
+    assert a.resume_from_checkpoint == "auto"
+    unnamed = run("chatdoctor_7b_nodes.sh", PATH=path)
+    assert unnamed.returncode != 0
+    assert "the name of the first node" in unnamed.stderr
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_the_slurm_job_goes_on_until_the_model_is_there(tmp_path: Path, finished: bool) -> None:
+    path = recorder(tmp_path, "srun")
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text('#!/usr/bin/env bash\n[[ $1 = show ]] && printf "node7\\nnode8\\n" || echo "$@" >&2\n')
+    scontrol.chmod(0o755)
+    out = tmp_path / "out"
+    out.mkdir()
+    if finished:
+        (out / "config.json").touch()
+    slurm = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "5"}
+    done = run("chatdoctor_7b.sbatch", PATH=path, OUT=str(out), **slurm)
+    assert done.returncode == 0, done.stderr
+    assert "runs/chatdoctor_7b_nodes.sh" in done.stdout
+    assert ("requeue 5" in done.stderr) is not finished
+    outside = run("chatdoctor_7b.sbatch", SLURM_SUBMIT_DIR="")
+    assert outside.returncode != 0
+    assert "without SLURM: runs/chatdoctor_7b_nodes.sh" in outside.stderr
