@@ -33,7 +33,7 @@ from llama.command_line import LATEST
 from llama.config import PRESETS, LlamaConfig
 from llama.generation import Request, answer_batch
 from llama.model import Llama
-from llama.optimizer import SplitAdamW
+from llama.optimizer import SplitAdamW, clipped_step
 from llama.parallel import Stop, World
 from llama.runlog import RunLog, draw_loss
 from llama.sampling import SamplingParams
@@ -292,15 +292,7 @@ def update(run: Run, norm: torch.Tensor, rate: float) -> None:
     """One optimizer step at this learning rate, gradients scaled down to max_grad_norm (0: as they are)."""
     for group in run.optimizer.param_groups:
         group["lr"] = rate
-    limit = run.args.max_grad_norm
-    scale = (limit / (norm + 1e-6)).clamp(max=1.0) if limit else torch.ones_like(norm)
-    if isinstance(run.optimizer, SplitAdamW):
-        run.optimizer.step(scale)
-    else:
-        if limit:
-            grads = [parallel.local(p.grad) for p in run.model.parameters() if p.grad is not None]
-            torch._foreach_mul_(grads, scale.to(grads[0].device))
-        run.optimizer.step()
+    clipped_step(run.optimizer, norm, run.args.max_grad_norm)
     run.optimizer.zero_grad(set_to_none=True)
 
 

@@ -30,10 +30,11 @@ from transformers import LlamaForCausalLM
 from transformers.models.llama.configuration_llama import LlamaConfig as HFConfig
 
 from data import loader
-from llama import layout, parallel
+from llama import checkpoint, layout, parallel
 from llama.chat import IGNORE, ChatFormat, Dialogue, Message
 from llama.config import PRESETS, LlamaConfig, to_hf
 from llama.model import Llama
+from llama.optimizer import clipped_step
 from llama.tokenizer import train_tokenizer
 
 RECORDS, MICRO_BATCH = 32, 8
@@ -79,7 +80,7 @@ class Ours:
             self.model = Llama(config)
         parallel.prepare(self.model, self.model.layers, self.world, bf16=bf16)
         self.model.to_empty(device="cpu")
-        self.model.init_weights(0, parallel.assign)
+        self.model.init_weights(0, lambda p, full: checkpoint.copied(p, parallel.part_of(full, p)))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
 
     def step(self, step: loader.Step) -> float:
@@ -89,8 +90,7 @@ class Ours:
             loss, _ = self.model(b.tokens, b.targets, (b.start, b.end))
             (loss / step.supervised_tokens).backward()
             total += loss.item()
-        parallel.clip_grad_norm(self.model.parameters(), 1.0)
-        self.optimizer.step()
+        clipped_step(self.optimizer, parallel.grad_norm(self.model.parameters(), self.world), 1.0)
         self.optimizer.zero_grad(set_to_none=True)
         return total / step.supervised_tokens
 

@@ -90,3 +90,16 @@ class SplitAdamW(torch.optim.Optimizer):
                     eps=group["eps"],
                     seed=(self._salt[p] + t * 0x9E3779B1) & 0x7FFFFFFF,
                 )
+
+
+@torch.no_grad()
+def clipped_step(optimizer: torch.optim.Optimizer, norm: Tensor, limit: float) -> None:
+    """One update with gradients of this norm scaled down to the limit (0: as they are). Nothing waits for the device."""
+    scale = (limit / (norm + 1e-6)).clamp(max=1.0) if limit else torch.ones_like(norm)
+    if isinstance(optimizer, SplitAdamW):
+        optimizer.step(scale)
+        return
+    if limit:
+        grads = [local(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        torch._foreach_mul_(grads, scale.to(grads[0].device))
+    optimizer.step()
