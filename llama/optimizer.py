@@ -94,7 +94,7 @@ class SplitAdamW(torch.optim.Optimizer):
 
 @torch.no_grad()
 def clipped_step(optimizer: torch.optim.Optimizer, norm: Tensor, limit: float) -> None:
-    """One update with gradients of this norm scaled down to the limit (0: as they are). Nothing waits for the device."""
+    """One update, gradients of this norm scaled down to the limit (0: as they are). Nothing waits for the device."""
     scale = (limit / (norm + 1e-6)).clamp(max=1.0) if limit else torch.ones_like(norm)
     if isinstance(optimizer, SplitAdamW):
         optimizer.step(scale)
