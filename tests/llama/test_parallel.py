@@ -1,0 +1,94 @@
+"""Every way to shard a model trains like one process that holds all of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from llama import parallel
+from llama.parallel import World
+from tests.llama import sharded
+
+HERE = Path(__file__).parent
+
+
+def on_ranks(size: int, folder: Path) -> list[dict[str, Any]]:
+    """What sharded.py found on each of so many ranks."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(HERE / "sharded.py"), str(folder / f"store{size}")],
+            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+    outputs = [p.communicate(timeout=280) for p in processes]
+    for p, (_, errors) in zip(processes, outputs, strict=True):
+        assert p.returncode == 0, errors
+    return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Without sharding in fp32; in bf16 a group of one."""
+    (grouped,) = on_ranks(1, tmp_path_factory.mktemp("one"))
+    plain = {way: sharded.run(way, World(0, 1, torch.device("cpu"), None)) for way in ("full_shard", "tied")}
+    return {"grouped": grouped, "plain": plain}
+
+
+def difference(a: dict[str, list[float]], b: dict[str, list[float]], what: str) -> float:
+    return max(abs(x - y) for x, y in zip(a[what], b[what], strict=True))
+
+
+def test_a_group_of_one_is_no_group(alone: dict[str, Any]) -> None:
+    for way in ("full_shard", "tied"):
+        grouped, plain = alone["grouped"][way], alone["plain"][way]
+        assert grouped["losses"] == plain["losses"], way
+        assert grouped["end"] == plain["end"], way
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return on_ranks(4, tmp_path_factory.mktemp("four"))
+
+
+@pytest.mark.parametrize("way", sharded.WAYS)
+def test_four_ranks_are_one(way: str, alone: dict[str, Any], four: list[dict[str, Any]]) -> None:
+    """fp32: within 3e-6 over 20 steps, the norm too. bf16: within 5e-3."""
+    one = alone["plain"]["tied" if way == "tied" else "full_shard"]
+    bf16 = way in ("bf16", "split")
+    for rank in four:
+        assert rank[way]["losses"] == four[0][way]["losses"], "ranks disagree"
+        assert difference(rank[way], one, "losses") <= (5e-3 if bf16 else 3e-6)
+        assert difference(rank[way], one, "norms") <= (5e-2 if bf16 else 3e-5)
+        assert difference(rank[way], one, "end") <= (5e-1 if bf16 else 1e-3)
+        share = rank[way]["kept"][0]
+        assert 0.4 < share < 0.6 if way == "hybrid_shard" else 0.2 < share < 0.3
+
+
+def test_norms_are_those_of_torch() -> None:
+    model = torch.nn.Linear(7, 5)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    want = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
+    got = parallel.grad_norm(model.parameters(), World(0, 1, torch.device("cpu"), None))
+    torch.testing.assert_close(got, want)
+
+
+def test_nodes_of_different_sizes_cannot_be_hybrid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three ranks on nodes of two."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
+    with pytest.raises(ValueError, match="hybrid_shard: 3 ranks are no whole number of nodes of 2"):
+        parallel.init("cpu", hybrid=True)
