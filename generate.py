@@ -30,6 +30,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     p = Parser("generate.py", __doc__)
     add = p.add_argument
     add("--checkpoint", metavar="DIR", help=f"model directory; default: the one named in {LATEST}")
+    add(
+        "--adapter",
+        metavar="DIR",
+        help="LoRA adapters (PEFT's layout) for --checkpoint; alone: over the base they name",
+    )
     add("--prompt", metavar="TEXT", help="answer this one question; - reads it from stdin")
     add("--input", metavar="F.jsonl", help='answer every line: {"prompt"}, {"instruction", "input"} or {"messages"}')
     add("--output", metavar="F.jsonl", help="where the answers to --input go; run again to go on after a break")
@@ -69,8 +74,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def load(args: argparse.Namespace) -> Doctor:
     """Model, tokenizer, format and settings that the flags ask for. ValueError names what is wrong and the remedy."""
-    path = Path(args.checkpoint) if args.checkpoint is not None else _latest()
     from llama import checkpoint
+
+    path, adapter = Path(args.checkpoint or "."), args.adapter and Path(args.adapter)
+    if adapter:
+        from llama import lora, lora_files
+
+        lora_files.load_config(adapter)
+        path = path if args.checkpoint is not None else lora_files.base_of(adapter)
+    elif args.checkpoint is None:
+        path = _latest()
 
     params, max_new_tokens = _settings(args, checkpoint.load_generation(path), path)
     import torch
@@ -81,12 +94,17 @@ def load(args: argparse.Namespace) -> Doctor:
     device = _device(args.device)
     kernels.use(args.kernels, device)
     model = checkpoint.load_model(path, device, args.dtype and getattr(torch, args.dtype)).eval()
+    if adapter:
+        lora_files.add_adapter(model, adapter)
+        lora.merge(model)
     lay_out_for_decoding(model)
     doctor = Doctor(
-        name=str(path),
+        name=f"{path} with {adapter}" if adapter else str(path),
         model=model,
         tokenizer=checkpoint.load_tokenizer(path),
-        chat_format=checkpoint.load_chat_format(path),
+        chat_format=checkpoint.load_chat_format(
+            adapter if adapter and (adapter / "chat_format.json").exists() else path
+        ),
         params=params,
         max_new_tokens=max_new_tokens,
         stop=tuple(args.stop),

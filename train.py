@@ -26,7 +26,7 @@ import kernels
 from data import loader, synthesize
 from data.metrics import retrieval_ceiling, share_named_right
 from data.records import BadRecord, RejectedFile, read_records
-from llama import checkpoint, parallel, training_state
+from llama import checkpoint, lora, lora_files, nf4, parallel, training_state
 from llama.arguments import TrainArguments, parse
 from llama.chat import ChatFormat, Dialogue, Message, render
 from llama.command_line import LATEST
@@ -119,6 +119,11 @@ def open_source(args: TrainArguments, texts: Callable[[], Iterable[str]]) -> Sou
             f"--model_name_or_path {name!r} is neither a directory nor a preset ({', '.join(PRESETS)}); "
             "Meta's consolidated.*.pth files are imported by convert_weights.py first"
         )
+    if args.lora_r:
+        raise ValueError(
+            f"--lora_r with --model_name_or_path {name}: a preset has random weights, which adapters cannot mend; "
+            "give the directory of a trained model"
+        )
     preset = PRESETS[name]
     if args.tokenizer_path:
         tokenizer = Tokenizer.load(args.tokenizer_path)
@@ -152,6 +157,13 @@ def build_model(args: TrainArguments, source: Source, world: World) -> Llama:
         model = Llama(source.config)
     if args.split_weights:
         model.to(torch.bfloat16)
+    unsharded = None
+    if args.lora_r:
+        model.to(torch.bfloat16 if args.bf16 else torch.float32)
+        if args.base_bits == 4:
+            nf4.replace(model.layers)
+            unsharded = set(model.parameters())
+        lora.apply(model, args.lora)
     offload = "offload" in args.fsdp
     parallel.prepare(
         model,
@@ -162,13 +174,14 @@ def build_model(args: TrainArguments, source: Source, world: World) -> Llama:
         offload=offload,
         recompute=args.gradient_checkpointing,
         compiled=args.torch_compile,
+        unsharded=unsharded,
     )
     return model.to_empty(device="cpu" if offload else world.device)
 
 
 def build_optimizer(args: TrainArguments, model: Llama) -> torch.optim.Optimizer:
     """AdamW, whose state exists from the start, so that a checkpoint can be read into it."""
-    names = {p: name for name, p in model.named_parameters()}
+    names = {p: name for name, p in model.named_parameters() if p.requires_grad}
     groups = [
         {"params": [p for p in names if p.ndim > 1], "weight_decay": args.weight_decay},
         {"params": [p for p in names if p.ndim <= 1], "weight_decay": 0.0},
@@ -182,7 +195,7 @@ def build_optimizer(args: TrainArguments, model: Llama) -> torch.optim.Optimizer
         moments = torch.bfloat16 if args.optim == "adamw_split_bf16" else torch.float32
         return SplitAdamW(groups, names, moments=moments, seed=args.seed, **common)
     optimizer = torch.optim.AdamW(groups, fused=True, **common)
-    for p in model.parameters():
+    for p in names:
         optimizer.state[p] = {
             "step": torch.zeros((), dtype=torch.float32, device=p.device),
             "exp_avg": torch.zeros_like(p),
@@ -194,7 +207,11 @@ def build_optimizer(args: TrainArguments, model: Llama) -> torch.optim.Optimizer
 def fill_weights(args: TrainArguments, source: Source, model: Llama, optimizer: torch.optim.Optimizer) -> None:
     """The weights that a run starts from: read slice by slice from a checkpoint, or random."""
     assign = optimizer.assign if isinstance(optimizer, SplitAdamW) else checkpoint.copied
-    if source.weights is None:
+    if args.lora_r:
+        assert source.weights is not None
+        checkpoint.load_weights(model, source.weights, nf4.assigner(model, checkpoint.copied))
+        lora.init_weights(model, args.seed, lambda p, full: checkpoint.copied(p, parallel.part_of(full, p)))
+    elif source.weights is None:
         model.init_weights(args.seed, lambda p, full: assign(p, parallel.part_of(full, p)))
     else:
         checkpoint.load_weights(model, source.weights, assign)
@@ -327,7 +344,8 @@ def speed(run: Run, step: loader.Step, seconds: float) -> dict[str, float]:
     """What a step cost: real tokens per second, seconds, and on a GPU its peak memory and mfu.
 
     mfu: (6 parameters + 12 layers * width * row length) FLOP per token slot, as PaLM counts (arXiv:2204.02311,
-    appendix B), over the data sheet's dense bf16 rate. Recomputed activations do not count.
+    appendix B; 4 where they are frozen under adapters), over the data sheet's dense bf16 rate. Recomputed activations
+    do not count.
     """
     line: dict[str, float] = {"tokens_per_s": step.tokens / seconds, "seconds": seconds}
     if run.world.device.type == "cuda":
@@ -336,7 +354,8 @@ def speed(run: Run, step: loader.Step, seconds: float) -> dict[str, float]:
         peak = next((rate for key, rate in PEAK_FLOPS.items() if key in name), None)
         if peak is not None:
             c = run.source.config
-            flops = 6 * c.n_params() + 12 * c.n_layers * c.n_heads * c.head_dim * run.args.model_max_length
+            passes = 4 if run.args.lora_r else 6  # frozen weights have no gradients: a third of the products less
+            flops = passes * c.n_params() + 12 * c.n_layers * c.n_heads * c.head_dim * run.args.model_max_length
             line["mfu"] = flops * step.tokens / seconds / run.world.size / peak
     return line
 
@@ -345,9 +364,11 @@ def speed(run: Run, step: loader.Step, seconds: float) -> dict[str, float]:
 
 
 def state_tensors(run: Run) -> dict[str, torch.Tensor]:
-    """Everything of a run that is a tensor, by name: weights, moments, step counts, this rank's generator."""
+    """Everything of a run that trains and is a tensor: weights, moments, step counts, this rank's generator."""
     tensors: dict[str, torch.Tensor] = {}
     for name, p in run.model.named_parameters():
+        if not p.requires_grad:
+            continue
         tensors[f"model.{name}"] = p.detach()
         for key, value in run.optimizer.state[p].items():
             tensors[f"optimizer.{name}.{key}"] = value
@@ -358,6 +379,7 @@ def state_tensors(run: Run) -> dict[str, torch.Tensor]:
 def save_state(run: Run, step: int, tokens: int) -> Path:
     """checkpoint-<step>/: everything that the next step depends on, and the files that make it a model directory."""
     source = run.source
+    adapter, base = run_adapter(run)
     return training_state.save_training_state(
         run.output_dir,
         step,
@@ -368,10 +390,19 @@ def save_state(run: Run, step: int, tokens: int) -> Path:
             "arguments": dataclasses.asdict(run.args),
             "world": run.world.size,
             "torch": torch.__version__,
+            "base": base,
         },
-        checkpoint.model_files(source.config, source.tokenizer, source.chat_format, source.generation),
+        checkpoint.model_files(source.config, source.tokenizer, source.chat_format, source.generation) | adapter,
         run.args.save_total_limit or None,
     )
+
+
+def run_adapter(run: Run) -> tuple[dict[str, bytes], str | None]:
+    """The adapters' configuration as a file, and what tells their base from others; of a run without, nothing."""
+    if not run.args.lora_r:
+        return {}, None
+    assert run.source.weights is not None
+    return lora_files.config_file(run.args.lora, run.source.weights), lora_files.fingerprint(run.source.weights)
 
 
 def resume(run: Run) -> tuple[int, int]:
@@ -384,6 +415,11 @@ def resume(run: Run) -> tuple[int, int]:
         return 0, 0
     tensors = state_tensors(run)
     state = training_state.load_training_state(path, tensors)
+    if state.get("base") != run_adapter(run)[1]:
+        raise ValueError(f"{path}: its adapters belong to another base than {run.args.model_name_or_path}")
+    for name in ("lora_alpha", "lora_dropout", "base_bits") if run.args.lora_r else ():
+        if (before := state["arguments"][name]) != (now := getattr(run.args, name)):
+            raise ValueError(f"{path}: {name} changed: {before} in the checkpoint, {now} now")
     torch.set_rng_state(tensors[f"rng.{run.world.rank}"])
     step = run.batches.restore(state["order"])
     say(run.world, f"resuming after step {step} from {path}")
@@ -391,12 +427,18 @@ def resume(run: Run) -> tuple[int, int]:
 
 
 def save_finished(run: Run) -> None:
-    """The finished model at output_dir, in the Hugging Face layout; out/latest names it."""
+    """The finished model at output_dir, in the Hugging Face layout; out/latest names it. Adapters folded in, and by
+    themselves in output_dir/adapter."""
     args, source = run.args, run.source
+    tensors = parallel.full_tensors(run.model, run.optimizer.master if args.split_weights else parallel.local)
+    if args.lora_r:
+        assert source.weights is not None
+        lora_files.save_adapter(run.output_dir / "adapter", run.model, args.lora, source.weights, source.chat_format)
+        tensors = lora.merged_tensors(run.model)
     dtype = args.save_dtype if args.save_dtype != "auto" else "bfloat16" if args.bf16 else "float32"
     training_state.save_sharded_model(
         run.output_dir,
-        parallel.full_tensors(run.model, run.optimizer.master if args.split_weights else parallel.local),
+        tensors,
         source.config,
         source.tokenizer,
         source.chat_format,
@@ -433,6 +475,8 @@ def train(run: Run, stop: Stop) -> bool:
     for number in range(done + 1, total + 1):
         begin = time.perf_counter()
         step, rate = run.batches.step(number - 1), learning_rate(args, number, total)
+        if args.lora_r:
+            lora.seed_dropout(args.seed, number, run.world.rank)
         result = train_step(run, step, rate, stop.signal != 0)
         seconds = time.perf_counter() - begin
         tokens += step.tokens
@@ -551,6 +595,9 @@ def execute(args: TrainArguments, world: World) -> int:
     run = Run(args, world, source, batches, model, optimizer, output_dir)
     where = f"{world.size} x {world.device.type}" if world.size > 1 else str(world.device)
     say(world, f"model: {source.config.n_params():,} parameters on {where}; {kernels.describe(world.device)}")
+    if args.lora_r:
+        count = sum(p.numel() for _, p in lora.adapters(model))
+        say(world, f"LoRA: {count:,} parameters train ({count / source.config.n_params():.2%} of the model's number)")
     with Stop() as stop:
         if not train(run, stop):
             return 128 + (stop.signal or signal.SIGTERM)  # a rank that was not told follows the one that was

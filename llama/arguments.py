@@ -14,6 +14,7 @@ from typing import Any
 
 from llama.chat import DOCTOR_INSTRUCTION, FORMATS
 from llama.command_line import Parser
+from llama.lora_config import LoRAConfig, target_names
 
 PACKINGS = ("none", "step", "epoch")
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
@@ -83,6 +84,19 @@ class TrainArguments:
     )
     seed: int = flag(42, "seed of weights and data order")
 
+    # adapters
+    lora_r: int = flag(0, "rank of LoRA adapters to train instead of the weights, 8 for instance; 0: train the weights")
+    lora_alpha: int = flag(16, "adapters count alpha / r times")
+    lora_dropout: float = flag(0.05, "dropout of what goes into the adapters")
+    lora_target_modules: tuple[str, ...] = flag(
+        ("q_proj", "v_proj"),
+        "projections that get adapters: q_proj k_proj v_proj o_proj gate_proj up_proj down_proj, or all",
+        nargs="+",
+    )
+    base_bits: int = flag(
+        16, "4: the blocks' weights under the adapters in NF4, 4 bits each, whole on every rank", choices=(4, 16)
+    )
+
     # machine
     bf16: bool = flag(False, "compute in bfloat16; weights and optimizer stay fp32")
     fp16: bool = flag(False, "not supported: use --bf16")
@@ -136,6 +150,7 @@ class TrainArguments:
             raise ValueError(f"--data_weights {' '.join(map(str, self.data_weights))}: each must be above 0")
         if self.split_weights and not self.bf16:
             raise ValueError(f"--optim {self.optim} splits bf16 weights: it needs --bf16 True")
+        self._check_adapters()
         unknown = set(self.fsdp.split()) - {"full_shard", "shard_grad_op", "hybrid_shard", "offload", "auto_wrap"}
         if unknown:
             raise ValueError(f"--fsdp {self.fsdp!r}: {', '.join(sorted(unknown))} is not supported")
@@ -143,6 +158,24 @@ class TrainArguments:
             raise ValueError(f"--report_to {self.report_to!r}: none and tensorboard are supported")
         if self.evaluation_strategy != "no" and self.eval_fraction == 0 and self.data_path:
             raise ValueError("--evaluation_strategy needs held-out records: give --eval_fraction, 0.02 for instance")
+
+    def _check_adapters(self) -> None:
+        target_names(self.lora_target_modules)
+        if self.lora_r:
+            LoRAConfig(self.lora_r, self.lora_alpha, self.lora_dropout)
+            if self.split_weights:
+                raise ValueError(f"--optim {self.optim} with --lora_r: adapters are few, use --optim adamw_torch")
+            if self.base_bits == 4 and "offload" in self.fsdp:
+                raise ValueError("--fsdp offload with --base_bits 4: 4-bit weights are not sharded; leave one out")
+            return
+        for f in dataclasses.fields(self):
+            if (f.name.startswith("lora_") or f.name == "base_bits") and getattr(self, f.name) != f.default:
+                raise ValueError(f"--{f.name} is about LoRA adapters: it needs --lora_r, 8 for instance")
+
+    @property
+    def lora(self) -> LoRAConfig:
+        """The adapters that a run with lora_r trains."""
+        return LoRAConfig(self.lora_r, self.lora_alpha, self.lora_dropout, self.lora_target_modules)
 
     @property
     def split_weights(self) -> bool:
@@ -211,7 +244,7 @@ def parse(argv: list[str], builtin: dict[str, Any]) -> TrainArguments:
             options["choices"] = f.metadata["choices"]
         parser.add_argument(*names, **options)
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
-    for name in ("data_path", "data_weights"):
+    for name in ("data_path", "data_weights", "lora_target_modules"):
         if name in given:
             given[name] = tuple(given[name])
     defaults = {} if "data_path" in given else builtin

@@ -25,6 +25,7 @@ from llama.chat import ChatFormat
 from llama.config import LlamaConfig, from_hf, to_hf
 from llama.files import MANIFEST, atomic_directory, read_bytes, read_json, settle, verify
 from llama.hf_tokenizer import tokenizer_files
+from llama.layout import entries
 from llama.model import Llama
 from llama.tokenizer import Tokenizer
 from llama.weights import Weights, stored_bytes, write_weights
@@ -39,6 +40,7 @@ SAMPLING: dict[str, Any] = {
 }
 _SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
 _DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+ADAPTER_CONFIG = "adapter_config.json"  # beside a training state: it holds adapters only, see lora_files.py
 MAX_SHARD_BYTES = 5_000_000_000  # what transformers calls 5 GB
 
 
@@ -115,6 +117,10 @@ def load_model(path: str | Path, device: torch.device | str = "cpu", dtype: torc
     path = _directory(path)
     config = load_config(path)
     _check(path)
+    if _is_training_state(path) and (path / ADAPTER_CONFIG).exists():
+        from llama import lora_files
+
+        return lora_files.load_training_state(path, config, device, dtype)
     weights = None if _is_training_state(path) else Weights(path, config)
     with torch.device("meta"), _NoInit():
         model = Llama(config)
@@ -124,6 +130,12 @@ def load_model(path: str | Path, device: torch.device | str = "cpu", dtype: torc
             setattr(module, name, torch.nn.Parameter(torch.empty(p.shape, dtype=dtype, device=device)))
     _fill(model, path, weights)
     return model
+
+
+def stored_dtype(path: str | Path) -> torch.dtype:
+    """The number type that load_model() gives a model by itself."""
+    path = _directory(path)
+    return torch.float32 if _is_training_state(path) else Weights(path, load_config(path)).dtype()
 
 
 class _NoInit(TorchFunctionMode):
@@ -142,13 +154,19 @@ def copied(parameter: nn.Parameter, values: Tensor) -> None:
 
 
 def load_weights(model: Llama, path: str | Path, assign: Callable[[nn.Parameter, Tensor], object] = copied) -> None:
-    """Fill a model in place, in its own dtype. Sharded parameters (DTensor): every rank reads only its slice.
+    """Fill a model in place, in its own dtype. Sharded parameters (DTensor): every rank reads only its slice. Adapters
+    (lora.py) are left as they are.
 
     assign(parameter, values): stores this rank's part of a weight, with all the bits that the file has.
     Parameters on meta are given memory first (of their mesh's device, or the CPU's). In a process group all ranks
     call it, and all raise when one fails.
     """
     path = _directory(path)
+    if _is_training_state(path):
+        packed = any(not p.is_floating_point() for p in model.parameters())  # nf4.py's
+        if packed or (path / ADAPTER_CONFIG).exists():
+            why = "4-bit weights are not read from a training state" if packed else "it holds adapters only"
+            raise ValueError(f"{path}: {why}; start from a finished model, or go on with --resume_from_checkpoint")
     if any(p.is_meta for p in model.parameters()):
         mesh = getattr(next(model.parameters()), "device_mesh", None)
         model.to_empty(device="cpu" if mesh is None else mesh.device_type)
@@ -176,13 +194,15 @@ def _is_training_state(path: Path) -> bool:
 def _fill(
     model: Llama, path: Path, weights: Weights | None, assign: Callable[[nn.Parameter, Tensor], object] = copied
 ) -> None:
+    stored = {e.name for e in entries(model.config)}
+    parameters = [(name, p) for name, p in model.named_parameters() if name in stored]
     if _is_training_state(path):
         from llama.training_state import read_tensors  # torch.distributed.checkpoint takes 0.7 s to import
 
-        read_tensors(path, {f"model.{name}": p for name, p in model.named_parameters()}, partial=True)
+        read_tensors(path, {f"model.{name}": p for name, p in parameters}, partial=True)
         return
     weights = weights or Weights(path, model.config)
-    for name, p in model.named_parameters():
+    for name, p in parameters:
         if hasattr(p, "device_mesh"):
             from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 

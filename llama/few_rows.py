@@ -82,8 +82,10 @@ def join(parent: nn.Module, names: Sequence[str]) -> None:
     """Make one product of the linears with these names, which all take the same rows, and let parent.project be it.
 
     Reading one large weight is faster than several small ones. The linears are removed; nothing happens where
-    faster_linear has nothing for their weights joined.
+    faster_linear has nothing for their weights joined, or one of them is more than an nn.Linear (adapters, 4 bits).
     """
+    if any(type(getattr(parent, name)) is not nn.Linear for name in names):
+        return
     weights = [getattr(parent, name).weight for name in names]
     joined = faster_linear(torch.cat(weights).detach())
     if joined is None:

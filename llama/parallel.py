@@ -105,11 +105,13 @@ def prepare(
     offload: bool = False,
     recompute: bool = False,
     compiled: bool = False,
+    unsharded: set[nn.Parameter] | None = None,
 ) -> None:
     """Make a module ready to train in place: recompute and compile its blocks, then shard blocks and root.
 
     bf16: blocks compute in bfloat16 over shards of any type, and gradients are reduced in fp32. offload: shards,
-    gradients and optimizer live in the CPU's memory.
+    gradients and optimizer live in the CPU's memory. unsharded: parameters that every rank holds whole, and that stay
+    in their number type; they must be equal on all ranks and not train.
     """
     blocks = list(blocks)
     for block in blocks:
@@ -118,11 +120,13 @@ def prepare(
         if compiled:
             block.compile()
     if world.mesh is None:
-        plain = {p.dtype for p in model.parameters()} == {torch.bfloat16 if bf16 else torch.float32}
+        plain = {p.dtype for p in model.parameters() if p.is_floating_point()} == {
+            torch.bfloat16 if bf16 else torch.float32
+        }
         assert plain, "mixed precision needs init(sharded=True)"
         assert not offload, "offload needs init(sharded=True)"
         return
-    options: dict[str, Any] = {"mesh": world.mesh}
+    options: dict[str, Any] = {"mesh": world.mesh, "ignored_params": unsharded}
     if bf16:
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     if offload:
@@ -162,11 +166,15 @@ def full_tensors(model: nn.Module, values: Callable[[nn.Parameter], Tensor] = lo
     values(parameter): this rank's part of what is meant by it, where that is not the parameter itself.
     """
     for name, p in model.named_parameters():
-        part = values(p).detach()
-        if isinstance(p, DTensor):
-            part = part.to(p.device_mesh.device_type)  # from the CPU's memory under offload
-            part = DTensor.from_local(part, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()).full_tensor()
-        yield name, part
+        yield name, whole(p, values(p).detach())
+
+
+def whole(p: nn.Parameter, part: Tensor) -> Tensor:
+    """All ranks' parts of a parameter put together, on every rank; what is not sharded is its part."""
+    if not isinstance(p, DTensor):
+        return part
+    part = part.to(p.device_mesh.device_type)  # from the CPU's memory under offload
+    return DTensor.from_local(part, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()).full_tensor()
 
 
 @torch.no_grad()

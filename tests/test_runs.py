@@ -11,6 +11,7 @@ import pytest
 
 from llama import checkpoint
 from llama.arguments import TrainArguments, parse
+from llama.lora_config import LoRAConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -77,10 +78,32 @@ def test_the_7b_recipe_is_chatdoctors(tmp_path: Path, gpus: int) -> None:
     ]
 
 
-def test_a_number_of_gpus_that_cannot_make_192_is_refused() -> None:
-    done = run("chatdoctor_7b.sh", GPUS="5")
+@pytest.mark.parametrize(("gpus", "bits"), [(1, "4"), (4, "16"), (8, "4")])
+def test_the_lora_recipe_is_chatdoctors(tmp_path: Path, gpus: int, bits: str) -> None:
+    """The defaults of its train_lora.py, and transformers' for what it leaves out."""
+    out = tmp_path / "out"
+    options = {"OUT": str(out), "GPUS": str(gpus), "BITS": bits, "PATH": recorder(tmp_path, "torchrun")}
+    done = run("lora_7b.sh", **options)
+    assert done.returncode == 0, done.stderr
+    (words,) = commands(done.stdout)
+    assert f"--nproc_per_node={gpus}" in words
+    a = flags_of(words)
+    assert a.lora == LoRAConfig(r=8, alpha=16, dropout=0.05, targets=("q", "v"))
+    assert a.per_device_train_batch_size == 4
+    assert 4 * a.gradient_accumulation_steps * gpus == 128
+    assert (a.learning_rate, a.num_train_epochs, a.model_max_length, a.warmup_steps) == (3e-4, 3.0, 256, 100)
+    assert (a.lr_scheduler_type, a.weight_decay, a.save_steps, a.eval_steps) == ("linear", 0.0, 200, 200)
+    assert (a.bf16, a.base_bits) == (True, int(bits))
+    out.mkdir()
+    (out / "config.json").touch()
+    assert "is finished" in run("lora_7b.sh", **options).stderr
+
+
+@pytest.mark.parametrize(("recipe", "gpus", "of"), [("chatdoctor_7b.sh", 5, 48), ("lora_7b.sh", 6, 32)])
+def test_a_number_of_gpus_that_cannot_make_the_batch_is_refused(recipe: str, gpus: int, of: int) -> None:
+    done = run(recipe, GPUS=str(gpus))
     assert done.returncode == 2
-    assert "GPUS=5 does not divide 48" in done.stderr
+    assert f"GPUS={gpus} does not divide {of}" in done.stderr
 
 
 @pytest.mark.parametrize(

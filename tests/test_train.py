@@ -16,11 +16,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import generate
 import train
 from data import loader, synthesize
-from llama import checkpoint
+from llama import checkpoint, lora_files, nf4, training_state
 from llama.arguments import TrainArguments, parse
 from llama.chat import ChatFormat, Dialogue, render
 from llama.config import LlamaConfig
@@ -157,6 +159,16 @@ def test_builtin_defaults_hold_only_without_data() -> None:
         (["--data_path", "a", "b", "--data_weights", "1"], "1 numbers for 2 files"),
         (["--fsdp", "zero3"], "zero3 is not supported"),
         (["--optim", "adamw_split"], "needs --bf16 True"),
+        (["--lora_alpha", "32"], "--lora_alpha is about LoRA adapters: it needs --lora_r"),
+        (["--base_bits", "4"], "--base_bits is about LoRA adapters: it needs --lora_r"),
+        (["--lora_r", "-1"], "r is -1; it must be a whole number, 1 or more"),
+        (["--lora_r", "8", "--lora_dropout", "1"], "dropout is 1.0; it must be a number in [0, 1)"),
+        (
+            ["--lora_r", "8", "--lora_target_modules", "q_proj", "lm_head"],
+            "'lm_head' is no projection; there are q_proj",
+        ),
+        (["--lora_r", "8", "--bf16", "--optim", "adamw_split"], "adapters are few, use --optim adamw_torch"),
+        (["--lora_r", "8", "--base_bits", "4", "--fsdp", "offload"], "4-bit weights are not sharded"),
         (["--evaluation_strategy", "steps", "--data_path", "a"], "give --eval_fraction"),
         (["--kernels", "triton", "--device", "cpu", "--output_dir", "out/none"], "triton was asked for, but"),
         (
@@ -372,6 +384,79 @@ def test_resume_refuses_another_order(flags: list[str], capsys: pytest.CaptureFi
     assert "seed changed: 42 in the checkpoint, 1 now" in capsys.readouterr().err
 
 
+# --- adapters -------------------------------------------------------------------------------------
+
+LORA = ["--lora_r", "4", "--lora_dropout", "0.1", "--learning_rate", "1e-2"]
+LORA += ["--lora_target_modules", "q_proj", "v_proj", "down_proj"]
+
+
+@pytest.mark.parametrize("bits", ["16", "4"])
+def test_adapters_learn_and_leave_themselves_and_a_merged_model(
+    flags: list[str], start: Path, bits: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main([*flags, *LORA, "--base_bits", bits, "--max_steps", "60"]) == 0
+    assert "LoRA: 1,536 parameters train" in capsys.readouterr().err
+    series = [loss for _, loss, _ in losses(Path("out"))]
+    assert sum(series[-5:]) / 5 < 0.9 * series[0]
+    base, merged = checkpoint.load_model(start), checkpoint.load_model("out")
+    for (name, before), after in zip(base.named_parameters(), merged.parameters(), strict=True):
+        adapted = name.endswith(("q.weight", "v.weight", "down.weight"))
+        packed = bits == "4" and name.startswith("layers.") and "norm" not in name
+        assert torch.equal(before, after) != (adapted or packed), name
+    over_base = checkpoint.load_model(start)
+    nf4.replace(over_base.layers) if bits == "4" else None
+    lora_files.add_adapter(over_base, "out/adapter")
+    tokens = torch.arange(3, 30)[None]
+    with torch.no_grad():
+        assert (over_base.eval()(tokens) - merged(tokens)).abs().max() <= 1e-5
+    asked = ["--prompt", "pain", "--temperature", "0", "--max_new_tokens", "4", "--json"]
+    assert generate.main(asked) == 0  # the merged model, which out/latest names
+    answer = json.loads(capsys.readouterr().out)["token_ids"]
+    if bits == "16":
+        assert generate.main(["--checkpoint", str(start), "--adapter", "out/adapter", *asked]) == 0
+        assert json.loads(capsys.readouterr().out)["token_ids"] == answer
+
+
+@pytest.mark.parametrize("extra", ["", "--bf16 True --base_bits 4 --gradient_checkpointing True"])
+def test_adapter_run_resumes_bit_for_bit(flags: list[str], extra: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Dropout too; a checkpoint holds adapters and their moments alone, and opens with its base."""
+    flags = [*flags, *LORA, *extra.split(), "--lr_scheduler_type", "constant"]
+    save = ["--save_strategy", "steps", "--save_steps", "6"]
+    assert train.main([*flags, "--output_dir", "alone", *save]) == 0
+    assert train.main([*flags, *save, "--max_steps", "6"]) == 0
+    saved = Path("out/checkpoint-6")
+    stored = training_state._Reader(saved).read_metadata().state_dict_metadata
+    assert {name.partition(".lora_")[2][:1] or name.partition(".")[0] for name in stored} == {"A", "B", "rng"}
+    assert sum(name.startswith("model.") for name in stored) == 12
+    opened, finished = checkpoint.load_model(saved), checkpoint.load_model("out")
+    for a, b in zip(opened.parameters(), finished.parameters(), strict=True):
+        assert torch.equal(a.to(b.dtype), b) if extra == "" else (a - b).abs().max() <= 2e-2 * b.abs().max()
+    assert train.main([*flags, "--resume_from_checkpoint", "auto"]) == 0
+    assert "resuming after step 6" in capsys.readouterr().err
+    assert losses(Path("out")) == losses(Path("alone"))
+    a, b = (load_file(Path(run) / "adapter/adapter_model.safetensors") for run in ("out", "alone"))
+    assert all(torch.equal(a[key], b[key]) for key in b)
+    for change, message in (
+        (["--lora_alpha", "32"], "lora_alpha changed: 16 in the checkpoint, 32 now"),
+        (["--lora_r", "2"], "lora_A is (4, 32) there and (2, 32) in this run"),
+        (["--lora_target_modules", "all"], "does not fit this run; missing: "),
+        (["--model_name_or_path", "alone"], "its adapters belong to another base than alone"),
+    ):
+        assert train.main([*flags, "--resume_from_checkpoint", str(saved), *change]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_ways_to_train_adapters_agree(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [*flags, *LORA, "--lora_dropout", "0"]
+    assert train.main([*flags, "--output_dir", "plain"]) == 0
+    for extra in ("--gradient_checkpointing True", "--bf16 True", "--fsdp offload"):
+        assert train.main([*flags, *extra.split(), "--output_dir", extra.split()[0][2:]]) == 0
+        for (_, a, _), (_, b, _) in zip(losses(Path("plain")), losses(Path(extra.split()[0][2:])), strict=True):
+            assert abs(a - b) <= (3e-2 if "bf16" in extra else 1e-6)
+    assert train.main([*flags, "--model_name_or_path", "plain/adapter"]) == 2
+    assert "has no config.json" in capsys.readouterr().err
+
+
 # --- bad input ------------------------------------------------------------------------------------
 
 
@@ -410,6 +495,7 @@ def test_bad_records_are_named_or_set_aside(
     [
         (["--model_name_or_path", "nowhere"], "neither a directory nor a preset"),
         (["--model_name_or_path", "7b"], "give --tokenizer_path"),
+        (["--model_name_or_path", "tiny", "--lora_r", "8"], "--model_name_or_path tiny: a preset has random weights"),
         (["--data_path", "nowhere.json"], "nowhere.json"),
         (["--device", "tpu"], "not auto, cpu or cuda"),
         (["--resume_from_checkpoint", "nowhere"], "nowhere"),
