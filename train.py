@@ -25,9 +25,11 @@ from tqdm import tqdm
 import kernels
 from data import loader, synthesize
 from data.metrics import retrieval_ceiling, share_named_right
+from data.prefetch import Ahead
 from data.records import BadRecord, RejectedFile, read_records
 from llama import checkpoint, lora, lora_files, nf4, parallel, training_state
 from llama.arguments import TrainArguments, parse
+from llama.changes import WeightSample
 from llama.chat import ChatFormat, Dialogue, Message, render
 from llama.command_line import LATEST
 from llama.config import PRESETS, LlamaConfig
@@ -462,7 +464,7 @@ def due(strategy: str, every: int, run: Run, step: int) -> bool:
     return strategy == "steps" and step % every == 0
 
 
-def train(run: Run, stop: Stop) -> bool:
+def train(run: Run, stop: Stop, steps: Ahead[loader.Step]) -> bool:
     """The loop; whether it reached its end (else it was asked to stop, and saved where it was)."""
     args = run.args
     total = args.max_steps if args.max_steps > 0 else run.batches.total_steps(args.num_train_epochs)
@@ -471,19 +473,23 @@ def train(run: Run, stop: Stop) -> bool:
     interval = 0.2 if sys.stderr.isatty() else 20.0  # a log file is not redrawn
     bar = tqdm(total=total, initial=done, unit="step", disable=run.world.rank != 0, mininterval=interval)
     run.model.train()
-    stopped = False
+    sample, stopped = WeightSample(run.optimizer, args.bf16), False
+    steps.begin(range(done, total))
     for number in range(done + 1, total + 1):
         begin = time.perf_counter()
-        step, rate = run.batches.step(number - 1), learning_rate(args, number, total)
+        step, rate = steps.next(), learning_rate(args, number, total)
+        waited = time.perf_counter() - begin
         if args.lora_r:
             lora.seed_dropout(args.seed, number, run.world.rank)
+        before = sample.take() if number % args.logging_steps == 0 else None
         result = train_step(run, step, rate, stop.signal != 0)
         seconds = time.perf_counter() - begin
         tokens += step.tokens
-        if log is not None and number % args.logging_steps == 0:
-            counts = {"tokens": tokens, "supervised_tokens": step.supervised_tokens}
+        changed = sample.changed(before) if before is not None else {}
+        if log is not None and changed:
+            counts = {"tokens": tokens, "supervised_tokens": step.supervised_tokens, "data_seconds": waited}
             line = {"step": number, "epoch": run.batches.epoch_of(number), "loss": result.loss, "lr": rate}
-            log.write({**line, "grad_norm": result.grad_norm, **counts, **speed(run, step, seconds)})
+            log.write({**line, "grad_norm": result.grad_norm, **changed, **counts, **speed(run, step, seconds)})
         bar.set_postfix_str(f"loss {result.loss:.3f}, {step.tokens / seconds:,.0f} tok/s", refresh=False)
         bar.update()
         stopped = result.stop and number < total
@@ -598,8 +604,8 @@ def execute(args: TrainArguments, world: World) -> int:
     if args.lora_r:
         count = sum(p.numel() for _, p in lora.adapters(model))
         say(world, f"LoRA: {count:,} parameters train ({count / source.config.n_params():.2%} of the model's number)")
-    with Stop() as stop:
-        if not train(run, stop):
+    with Stop() as stop, Ahead(lambda number: batches.step(number).pinned(world.device)) as steps:
+        if not train(run, stop, steps):
             return 128 + (stop.signal or signal.SIGTERM)  # a rank that was not told follows the one that was
     save_finished(run)
     if sample is not None and world.mesh is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -117,6 +117,11 @@ class Batch:
     end: torch.Tensor
     records: list[tuple[str, int]]
 
+    def pinned(self) -> Batch:
+        """The batch in page-locked memory."""
+        tensors = {k: v.pin_memory() for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        return replace(self, **tensors)
+
 
 @dataclass
 class Step:
@@ -129,6 +134,13 @@ class Step:
     supervised_tokens: int
     tokens: int
     slots: int
+
+    def pinned(self, device: torch.device) -> Step:
+        """The step in memory that a GPU reads while it computes; for another device, as it is."""
+        if device.type != "cuda":
+            return self
+        torch.cuda.set_device(device)  # threads start on device 0, whose memory this rank must not touch
+        return replace(self, micro_batches=[b.pinned() for b in self.micro_batches])
 
 
 Grid = list[tuple[list[Ints], int]]  # micro-batches, each as its rows of documents and its width

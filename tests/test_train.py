@@ -250,9 +250,21 @@ def test_metrics_lines_hold_what_they_promise(flags: list[str]) -> None:
     assert train.main([*flags, "--max_steps", "4", "--logging_steps", "2", "--weight_decay", "0.1"]) == 0
     lines = read_metrics(Path("out/metrics.jsonl"))
     assert [line["step"] for line in lines] == [2, 4]
-    for key in ("epoch", "loss", "lr", "grad_norm", "tokens", "supervised_tokens", "tokens_per_s", "seconds"):
+    speeds = ("tokens_per_s", "seconds", "data_seconds")
+    for key in ("epoch", "loss", "lr", "grad_norm", "tokens", "supervised_tokens", *speeds):
         assert all(isinstance(line[key], int | float) for line in lines), key
     assert lines[1]["tokens"] > lines[0]["tokens"] > 0
+    assert lines[0]["weights_changed"] > 0.9
+    assert "bf16_weights_changed" not in lines[0]
+
+
+def test_bf16_runs_say_how_little_moves_at_a_small_rate(flags: list[str]) -> None:
+    small = ["--max_steps", "3", "--bf16", "True", "--lr_scheduler_type", "constant", "--learning_rate", "1e-6"]
+    for optimizer in ("adamw_torch", "adamw_split"):
+        assert train.main([*flags, *small, "--optim", optimizer, "--output_dir", optimizer]) == 0
+        for line in read_metrics(Path(optimizer) / "metrics.jsonl"):
+            assert line["weights_changed"] > 0.8
+            assert line["bf16_weights_changed"] < 0.05
 
 
 def test_tensorboard_events_are_written(flags: list[str]) -> None:
