@@ -27,7 +27,7 @@ from data import loader, synthesize
 from data.metrics import retrieval_ceiling, share_named_right
 from data.prefetch import Ahead
 from data.records import BadRecord, RejectedFile, read_records
-from llama import checkpoint, lora, lora_files, nf4, parallel, training_state
+from llama import checkpoint, lora, lora_files, nf4, parallel, preference, training_state
 from llama.arguments import TrainArguments, parse
 from llama.changes import WeightSample
 from llama.chat import ChatFormat, Dialogue, Message, render
@@ -94,6 +94,11 @@ class Run:
     optimizer: torch.optim.Optimizer
     output_dir: Path
 
+    @property
+    def reports(self) -> tuple[str, ...]:
+        """What the objective reports beside its loss."""
+        return preference.REPORTED if self.args.pairs else ()
+
 
 def say(world: World, text: str) -> None:
     """Text on stderr, from rank 0, above the progress bar."""
@@ -144,13 +149,19 @@ def chosen_format(args: TrainArguments, default: ChatFormat) -> ChatFormat:
 
 
 def training_texts(args: TrainArguments) -> Iterable[str]:
-    """What a tokenizer is trained on: every message of the first 50,000 records of each file, bad ones passed over."""
+    """What a tokenizer is trained on: every message of the first 50,000 records of each file, bad ones passed over.
+
+    Of long texts no more than 50 million characters a file; SentencePiece passes over lines of more than 4,192 bytes.
+    """
     for file in args.data_path:
-        records = read_records(
-            file, instruction=args.instruction or "", answer=args.answer, on_bad=lambda bad, raw: None
-        )
+        left, choices = 50_000_000, {"answer": args.answer, "pairs": args.pairs}
+        records = read_records(file, instruction=args.instruction or "", on_bad=lambda bad, raw: None, **choices)
         for _, record in zip(range(50_000), records, strict=False):
-            yield from (m.content for m in record.dialogue.messages)
+            for text in (m.content for m in record.dialogue.messages):
+                yield from (text[i : i + 1000] for i in range(0, len(text), 1000)) if len(text) > 4000 else (text,)
+                left -= len(text)
+            if left < 0:
+                break
 
 
 def build_model(args: TrainArguments, source: Source, world: World) -> Llama:
@@ -240,7 +251,8 @@ def open_data(
             held, _, _ = loader.build([loader.InMemory("built-in sample, held out", sample.held_out)], **common)
             train, _, report = loader.build([loader.InMemory("built-in sample", sample.train)], **common)
             return train, held, dataclasses.replace(report, held_out=len(held))
-        choices = {"weights": args.data_weights or None, "eval_fraction": args.eval_fraction, "answer": args.answer}
+        choices: dict[str, Any] = {"weights": args.data_weights or None, "answer": args.answer, "pairs": args.pairs}
+        choices["eval_fraction"] = args.eval_fraction
         if not args.skip_bad_records:
             return loader.build(args.data_path, **choices, **common)
         if world.rank != 0:  # rank 0 has written them down
@@ -257,7 +269,7 @@ def open_batches(args: TrainArguments, train: loader.Dataset, held: loader.Datas
         train,
         batch=args.per_device_train_batch_size,
         accumulation=args.gradient_accumulation_steps,
-        max_len=args.model_max_length,
+        max_len=args.row_length,
         rank=world.rank,
         world=world.size,
         packing=args.packing,
@@ -268,16 +280,39 @@ def open_batches(args: TrainArguments, train: loader.Dataset, held: loader.Datas
     )
 
 
+def open_reference(run: Run) -> None:
+    """Give preference data the starting weights' log-probabilities of all its answers: kept ones, or made now."""
+    batches, source = run.batches, run.source
+    sets = {"train": batches.dataset, "held_out": batches.evaluation}
+    start = source.weights or f"{run.args.model_name_or_path}, random, seed {run.args.seed}"
+    identity = preference.identity_of(start, [d.identity for d in sets.values()])
+
+    def make() -> dict[str, torch.Tensor]:
+        say(run.world, "the starting model reads the pairs, once: its log-probabilities are the reference")
+        return {
+            name: preference.reference_of(
+                batches.all_batches(d), len(d), lambda b, weigh: run.model(*model_inputs(b, run.world), weigh=weigh)
+            )
+            for name, d in sets.items()
+        }
+
+    for name, found in preference.kept(run.output_dir / "reference.logprobs", identity, make).items():
+        sets[name].reference = found.numpy()
+    batches.reference = identity
+
+
 # --- one step -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Global mean loss per supervised token, gradient norm, and whether any rank was asked to stop."""
+    """Global mean loss per supervised token or pair, gradient norm, whether any rank was asked to stop, and means of
+    what else the objective reports."""
 
     loss: float
     grad_norm: float
     stop: bool
+    reports: dict[str, float]
 
 
 def train_step(run: Run, step: loader.Step, rate: float, stopping: bool) -> StepResult:
@@ -285,14 +320,14 @@ def train_step(run: Run, step: loader.Step, rate: float, stopping: bool) -> Step
 
     NonFinite on every rank, before any weight has changed, if the loss or the gradient is not a number.
     """
-    sums = torch.zeros(2, dtype=torch.float64)  # loss, ranks that were asked to stop
+    sums = torch.zeros(2 + len(run.reports), dtype=torch.float64)  # loss, ranks that were asked to stop, reports
     suspect = None
     for i, batch in enumerate(step.micro_batches):
         parallel.sync_gradients(run.model, i == len(step.micro_batches) - 1)
-        loss, _ = run.model(*model_inputs(batch, run.world))
+        loss, totals = forward(run, batch)
         # FSDP averages gradients over ranks; times world.size, the result is the sum over the global batch.
-        (loss * (run.world.size / step.supervised_tokens)).backward()
-        sums[0] += loss.item()
+        (loss * (run.world.size / step.divisor)).backward()
+        sums += totals
         if suspect is None and not math.isfinite(sums[0]):
             suspect = batch
     sums[1] = float(stopping)
@@ -304,7 +339,20 @@ def train_step(run: Run, step: loader.Step, rate: float, stopping: bool) -> Step
         names = record_names(step.micro_batches)
         raise NonFinite(f"loss {sums[0]}, gradient norm {norm} in the step of records {names}; nothing was updated")
     update(run, norm, rate)
-    return StepResult(sums[0].item() / step.supervised_tokens, norm.item(), sums[1].item() > 0)
+    loss, _, *reports = (sums / step.divisor).tolist()
+    return StepResult(loss, norm.item(), sums[1].item() > 0, dict(zip(run.reports, reports, strict=True)))
+
+
+def forward(run: Run, batch: loader.Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """What backward starts from, and sums to report: the loss, how many it is of, and run.reports."""
+    inputs = model_inputs(batch, run.world)
+    if not run.args.pairs:
+        loss, count = run.model(*inputs)
+        return loss, torch.tensor([loss.item(), count.item()], dtype=torch.float64)
+    choices = preference.Preference(run.args.loss_type, run.args.beta, run.args.label_smoothing)
+    pair_loss = preference.PairLoss(choices, batch.pairs)
+    weighted, _ = run.model(*inputs, weigh=pair_loss)  # not the loss, but with its gradient
+    return weighted, pair_loss.totals
 
 
 def update(run: Run, norm: torch.Tensor, rate: float) -> None:
@@ -330,16 +378,16 @@ def record_names(batches: list[loader.Batch]) -> str:
 
 
 @torch.no_grad()
-def evaluate(run: Run) -> float | None:
-    """Mean loss per supervised token over the held-out records; None if there are none."""
+def evaluate(run: Run) -> dict[str, float]:
+    """Means over the held-out supervised tokens or pairs: the loss, and run.reports; empty if there are none."""
     run.model.eval()
-    sums = torch.zeros(2, dtype=torch.float64)
+    sums = torch.zeros(2 + len(run.reports), dtype=torch.float64)
     for batch in run.batches.eval_batches():
-        loss, count = run.model(*model_inputs(batch, run.world))
-        sums += torch.tensor([loss.item(), count.item()], dtype=torch.float64)
+        sums += forward(run, batch)[1]
     run.model.train()
     parallel.all_reduce(sums)
-    return (sums[0] / sums[1]).item() if sums[1] else None
+    loss, _, *reports = (sums / sums[1]).tolist()
+    return dict(zip(("loss", *run.reports), (loss, *reports), strict=True)) if sums[1] else {}
 
 
 def speed(run: Run, step: loader.Step, seconds: float) -> dict[str, float]:
@@ -489,7 +537,16 @@ def train(run: Run, stop: Stop, steps: Ahead[loader.Step]) -> bool:
         if log is not None and changed:
             counts = {"tokens": tokens, "supervised_tokens": step.supervised_tokens, "data_seconds": waited}
             line = {"step": number, "epoch": run.batches.epoch_of(number), "loss": result.loss, "lr": rate}
-            log.write({**line, "grad_norm": result.grad_norm, **changed, **counts, **speed(run, step, seconds)})
+            log.write(
+                {
+                    **line,
+                    **result.reports,
+                    "grad_norm": result.grad_norm,
+                    **changed,
+                    **counts,
+                    **speed(run, step, seconds),
+                }
+            )
         bar.set_postfix_str(f"loss {result.loss:.3f}, {step.tokens / seconds:,.0f} tok/s", refresh=False)
         bar.update()
         stopped = result.stop and number < total
@@ -512,12 +569,15 @@ def train(run: Run, stop: Stop, steps: Ahead[loader.Step]) -> bool:
 
 def report_held_out(run: Run, step: int, log: RunLog | None) -> None:
     """Evaluate, say and log the held-out loss."""
-    loss = evaluate(run)
-    if loss is None:
+    found = evaluate(run)
+    if not found:
         return
-    say(run.world, f"step {step}: held-out loss {loss:.4f}, perplexity {math.exp(loss):.3f}")
+    if not run.args.pairs:
+        found["perplexity"] = math.exp(min(found["loss"], 700.0))
+    rest = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in found.items() if name != "loss")
+    say(run.world, f"step {step}: held-out loss {found['loss']:.4f}, {rest}")
     if log is not None:
-        log.write({"step": step, "eval_loss": loss, "eval_perplexity": math.exp(loss)})
+        log.write({"step": step, **{f"eval_{name}": value for name, value in found.items()}})
 
 
 def check_output_dir(args: TrainArguments, path: Path) -> None:
@@ -599,6 +659,8 @@ def execute(args: TrainArguments, world: World) -> int:
     optimizer = build_optimizer(args, model)
     fill_weights(args, source, model, optimizer)
     run = Run(args, world, source, batches, model, optimizer, output_dir)
+    if args.pairs:
+        open_reference(run)
     where = f"{world.size} x {world.device.type}" if world.size > 1 else str(world.device)
     say(world, f"model: {source.config.n_params():,} parameters on {where}; {kernels.describe(world.device)}")
     if args.lora_r:

@@ -33,7 +33,7 @@ from data.tokenise import ROW, Job, token_type, tokenise
 from llama.chat import ChatFormat
 from llama.tokenizer import Tokenizer
 
-VERSION = 1  # of the cache; raise it when the reading of records, the cut or the layout changes
+VERSION = 2  # of the cache; raise it when the reading of records, the cut or the layout changes
 _DATA = ("tokens.bin", "rows.npy", "rejected.jsonl")
 WORKERS_FROM = 4 << 20  # bytes of a file below which starting processes (0.3 s each) costs more than it brings
 
@@ -57,14 +57,16 @@ class Recipe:
     chat_format: ChatFormat
     max_len: int
     answer: str
+    pairs: bool = False  # the records are preference pairs
 
     def key(self, content: str) -> str:
         """Identity of the tokens of a file with this content hash."""
-        parts = [VERSION, content, self.tokenizer.sha256, self.chat_format.to_json(), self.max_len, self.answer]
+        choices = [self.chat_format.to_json(), self.max_len, self.answer, self.pairs]
+        parts = [VERSION, content, self.tokenizer.sha256, *choices]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def job(self) -> Job:
-        return Job(self.tokenizer.model_bytes, self.chat_format.to_json(), self.max_len)
+        return Job(self.tokenizer.model_bytes, self.chat_format.to_json(), self.max_len, self.pairs)
 
 
 def tokenise_file(
@@ -77,7 +79,7 @@ def tokenise_file(
     """
     before = _stat(path)
     content = content_hash(path, cache_dir)
-    key = recipe.key(content)
+    key = recipe.key(content + path.suffix.lower() * (path.suffix.lower() == ".txt"))  # the same bytes, read as text
     place = cache_dir / f"{path.stem[:40]}-{key[:16]}" if cache_dir else None
     if place and (cached := _open(place, str(path), key)):
         _replay(place, str(path), on_bad)
@@ -105,6 +107,7 @@ def tokenise_file(
             answer=recipe.answer,
             on_bad=reject if on_bad else None,
             on_bytes=bar.update,
+            pairs=recipe.pairs,
         )
         workers = workers if before[0] >= WORKERS_FROM else 1
         return _make(str(path), key, whole(records), recipe, place, rejected, workers)

@@ -21,6 +21,8 @@ from llama.tokenizer import Tokenizer
 class Dataset:
     """Documents 0 .. len - 1: the chosen rows of each file, file after file. Tokens stay on disk until asked for."""
 
+    rows_per_document = 1
+
     def __init__(self, files: Sequence[TokenFile], chosen: Sequence[Ints], weights: Sequence[float]) -> None:
         """chosen: the row numbers taken of each file; weights: how often each of its documents comes per epoch."""
         self.files, self.weights = list(files), list(weights)
@@ -51,6 +53,10 @@ class Dataset:
         stored = self.files[self._file[i]].tokens[at : at + self.lengths[i]]
         bit = supervised_bit(stored.dtype)
         return (stored & stored.dtype.type(bit - 1)).astype(np.int64), stored >= bit
+
+    def parts(self, i: int) -> list[tuple[NDArray[Any], NDArray[np.bool_]]]:
+        """What of a document is a sequence of its own: all of it; of a pair, two."""
+        return [self.document(i)]
 
     def record(self, i: int) -> tuple[str, int]:
         """File and record number of a document."""
@@ -106,6 +112,7 @@ class Report:
                 (f["rejected"], "rejected, with the reasons in rejected.jsonl"),
                 (f["dropped"], f"dropped: the prompt alone does not fit into {self.max_len} tokens{dropped}"),
                 (f["truncated"], f"truncated: the end of the answer is over {self.max_len} tokens{truncated}"),
+                (f["continued"], f"rows go on with a text of more than {self.max_len} tokens: nothing of it is lost"),
                 (f["trimmed"], "without their last question, which has no answer"),
             ):
                 if count:
@@ -137,7 +144,8 @@ def make_report(files: Sequence[TokenFile], train: Dataset, held: Dataset, max_l
         entries.append(
             {
                 "name": file.name,
-                "records": int(rows.size) + file.rejected,
+                "records": int((rows["original"] > 0).sum()) // train.rows_per_document + file.rejected,
+                "continued": int((rows["original"] == 0).sum()),
                 "rejected": file.rejected,
                 "dropped": int(dropped.sum()),
                 "dropped_examples": rows["index"][dropped][:5].tolist(),

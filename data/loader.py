@@ -18,6 +18,7 @@ import torch
 from data.cache import Recipe, tokenise_file, tokenise_records
 from data.dataset import Dataset, Report, make_report, preview, split
 from data.packing import EpochRows, Ints, Order, Rows, pack
+from data.pairs import PairDataset, first_rows
 from data.records import ANSWERS, OnBad, Record, content_key
 from llama.chat import IGNORE, ChatFormat, Dialogue
 from llama.tokenizer import Tokenizer
@@ -54,6 +55,7 @@ def build(
     cache_dir: str | Path | None = None,
     workers: int | None = None,
     progress: bool = True,
+    pairs: bool = False,
 ) -> tuple[Dataset, Dataset, Report]:
     """Read and tokenise the sources: the training set, the held-out set and the report.
 
@@ -61,11 +63,11 @@ def build(
     eval_fraction: share held out, by the hash of each record. on_bad: told of every unusable record; without it the
     first is raised as BadRecord. cache_dir: where tokens are kept for the next run; None keeps them in memory.
     workers: processes that tokenise; None: one a core, at most 8. With several ranks let one build first and the
-    others after a barrier: they then find the cache.
+    others after a barrier: they then find the cache. pairs: the files hold preference pairs, the sets are PairDatasets.
     """
     weights = [1.0] * len(sources) if weights is None else [float(w) for w in weights]
     _check(sources, weights, eval_fraction, max_len)
-    recipe = Recipe(tokenizer, chat_format, max_len, answer)
+    recipe = Recipe(tokenizer, chat_format, max_len, answer, pairs)
     cache = Path(cache_dir) if cache_dir is not None else None
     if workers is None:
         workers = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
@@ -78,7 +80,10 @@ def build(
                 tokenise_file(Path(source), recipe, cache_dir=cache, on_bad=on_bad, workers=workers, progress=progress)
             )
     chosen, held = split(files, eval_fraction)
-    train, evaluation = Dataset(files, chosen, weights), Dataset(files, held, [1.0] * len(files))
+    if pairs:
+        chosen, held = ([first_rows(f, rows) for f, rows in zip(files, side, strict=True)] for side in (chosen, held))
+    kind = PairDataset if pairs else Dataset
+    train, evaluation = kind(files, chosen, weights), kind(files, held, [1.0] * len(files))
     report = make_report(files, train, evaluation, max_len)
     if not sum(w * c.size for w, c in zip(weights, chosen, strict=True)):
         raise ValueError(f"no record is left to train on\n{report.text()}")
@@ -105,6 +110,17 @@ def _check(
 
 
 @dataclass
+class Pairs:
+    """The P pairs of a micro-batch: their numbers in the data set (P,), the reference's log-probabilities (P, 2), and
+    for each token its answer (B, T) int64, 2p (chosen) or 2p + 1 (rejected) of pair p; 2P in padding.
+    """
+
+    numbers: torch.Tensor
+    reference: torch.Tensor
+    answers: torch.Tensor
+
+
+@dataclass
 class Batch:
     """One micro-batch: tokens and targets (B, T) int64, start and end (B, T) int32 of each token's document.
 
@@ -116,6 +132,7 @@ class Batch:
     start: torch.Tensor
     end: torch.Tensor
     records: list[tuple[str, int]]
+    pairs: Pairs | None = None
 
     def pinned(self) -> Batch:
         """The batch in page-locked memory."""
@@ -127,13 +144,20 @@ class Batch:
 class Step:
     """What one rank does in one optimizer step; the counts are of the global batch, all ranks together.
 
-    supervised_tokens: targets that carry loss; tokens: real ones; slots: tokens with padding.
+    supervised_tokens: targets that carry loss; tokens: real ones; slots: tokens with padding;
+    pairs: of preference data.
     """
 
     micro_batches: list[Batch]
     supervised_tokens: int
     tokens: int
     slots: int
+    pairs: int = 0
+
+    @property
+    def divisor(self) -> int:
+        """What the sum of losses is divided by: pairs, or else supervised tokens."""
+        return self.pairs or self.supervised_tokens
 
     def pinned(self, device: torch.device) -> Step:
         """The step in memory that a GPU reads while it computes; for another device, as it is."""
@@ -189,6 +213,7 @@ class Loader:
         self.batch, self.accumulation, self.rank, self.world = batch, accumulation, rank, world
         self.eval_batch, self.fixed_shape = eval_batch or batch, fixed_shape
         self.global_batch = batch * accumulation * world  # records a step; rows when an epoch is packed
+        self.reference = ""  # of preference data: what its log-probabilities were made from
         self._order = Order(dataset.by_file(), dataset.weights, seed)
         if not self._order.count:
             raise ValueError("no record to train on: the data is empty, or its mixing weights round to nothing")
@@ -215,17 +240,21 @@ class Loader:
             int(self.dataset.supervised[documents].sum()),
             int(self.dataset.lengths[documents].sum()),
             sum(len(rows) * width for rows, width in grid),
+            documents.size if isinstance(self.dataset, PairDataset) else 0,
         )
 
     def eval_batches(self) -> Iterator[Batch]:
         """This rank's share of the held-out set, packed, always the same; as many batches on every rank."""
-        if self.evaluation is None or not len(self.evaluation):
+        return self.all_batches(self.evaluation)
+
+    def all_batches(self, dataset: Dataset | None) -> Iterator[Batch]:
+        """This rank's share of any data set, each document once, in the same way."""
+        if dataset is None or not len(dataset):
             return
-        documents = np.arange(len(self.evaluation))
-        rows = pack(documents, self.evaluation.lengths, self.max_len)
-        grid = self._deal(self.evaluation, rows, self.eval_batch)
+        rows = pack(np.arange(len(dataset)), dataset.lengths, self.max_len)
+        grid = self._deal(dataset, rows, self.eval_batch)
         for i in range(self.rank, len(grid), self.world):
-            yield self._assemble(self.evaluation, *grid[i])
+            yield self._assemble(dataset, *grid[i])
 
     def fill(self, steps: int = 64) -> float:
         """Share of slots that hold real tokens, over the first epoch or as many of its steps."""
@@ -246,6 +275,8 @@ class Loader:
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint keeps after `step` steps: the next step, and what the order depends on."""
         state: dict[str, Any] = {"step": step, "seed": self.seed, "data": self.dataset.identity}
+        if self.reference:
+            state["reference"] = self.reference
         if self.packing == "epoch":
             return {**state, "rows_per_step": self.global_batch, "row_length": self.max_len}
         return {**state, "records_per_step": self.global_batch}
@@ -256,12 +287,15 @@ class Loader:
         Ranks, micro-batch and accumulation may change as long as their product stays; so may "none" and "step".
         """
         mine = self.state(int(state["step"]))
-        names = {"data": "the data set (files, weights, held-out share, tokenizer, prompt format or length limit)"}
+        names = {
+            "reference": "the starting model, which is the reference, or the data set",
+            "data": "the data set (files, weights, held-out share, tokenizer, prompt format or length limit)",
+        }
         for key in sorted(mine.keys() | state.keys()):
             if mine.get(key) != state.get(key):
                 now, then = mine.get(key, "not set"), state.get(key, "not set")
                 what = names.get(key, key.replace("_", " "))
-                detail = "" if key == "data" else f": {then} in the checkpoint, {now} now"
+                detail = "" if key in names else f": {then} in the checkpoint, {now} now"
                 raise ValueError(f"cannot resume in the same order: {what} changed{detail}")
         return int(mine["step"])
 
@@ -296,16 +330,24 @@ class Loader:
         B, T = len(rows), width
         tokens, targets = np.zeros((B, T), np.int64), np.full((B, T), IGNORE, np.int64)
         start, end = np.zeros((B, T), np.int32), np.full((B, T), T, np.int32)
-        records = []
+        answers = np.full((B, T), -1, np.int64)
+        records, numbers, count = [], [], 0
         for b, row in enumerate(rows):
             at = 0
             for document in row.tolist():
-                ids, mask = dataset.document(document)
-                to = at + ids.size
-                tokens[b, at:to] = ids
-                targets[b, at : to - 1] = np.where(mask[1:], ids[1:], IGNORE)
-                start[b, at:to], end[b, at:to] = at, to
+                for ids, mask in dataset.parts(document):
+                    to = at + ids.size
+                    tokens[b, at:to] = ids
+                    targets[b, at : to - 1] = np.where(mask[1:], ids[1:], IGNORE)
+                    start[b, at:to], end[b, at:to] = at, to
+                    answers[b, at:to] = count
+                    at, count = to, count + 1
                 records.append(dataset.record(document))
-                at = to
+                numbers.append(document)
             start[b, at:] = at
-        return Batch(*(torch.from_numpy(a) for a in (tokens, targets, start, end)), records)
+        batch = Batch(*(torch.from_numpy(a) for a in (tokens, targets, start, end)), records)
+        if isinstance(dataset, PairDataset):
+            answers[answers < 0] = count
+            reference = torch.from_numpy(dataset.reference[numbers].reshape(-1, 2))
+            batch.pairs = Pairs(torch.tensor(numbers, dtype=torch.int64), reference, torch.from_numpy(answers))
+        return batch

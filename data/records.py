@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Self, TextIO
 
 from data.stream import Item, read_items
+from data.text import Section, read_sections, sections
 from llama.chat import DOCTOR_INSTRUCTION, Dialogue, Message, Role
 from llama.tokenizer import MAX_CHARS
 
@@ -32,11 +33,17 @@ OnBad = Callable[["BadRecord", bytes], None]
 
 @dataclass(frozen=True)
 class Record:
-    """A dialogue and where it stood: index is its number in the file, from 1; key a 64-bit hash of its content."""
+    """A dialogue and where it stood: index is its number in the file, from 1; key a 64-bit hash of its content.
+
+    first, last: of a plain text, whether this is the section that begins it, and that ends it. Of a preference pair
+    there are two records, chosen and rejected, of one index and one key, that of the prompt.
+    """
 
     dialogue: Dialogue
     index: int
     key: int
+    first: bool = True
+    last: bool = True
 
 
 class BadRecord(ValueError):
@@ -86,30 +93,59 @@ def read_records(
     answer: str = ANSWERS[0],
     on_bad: OnBad | None = None,
     on_bytes: Callable[[int], None] | None = None,
+    pairs: bool = False,
 ) -> Iterator[Record]:
-    """The records of a JSON array or JSON lines file, in order, in bounded memory.
+    """The records of a JSON array or JSON lines file, or the sections of a .txt file, in order, in bounded memory.
 
+    pairs: they are preference pairs; two records come of each, first the chosen answer's, then the rejected one's.
     instruction: system message of records that bring none (iCliniq, messages, ShareGPT); "" for none at all.
     answer: the field that is iCliniq's answer. on_bad is given each unusable record and its bytes, and reading goes
     on; without it the first one is raised. BadRecord is raised in any case where nothing after it can be read.
     """
     path = Path(path)
     good = 0
-    for item in read_items(path, on_bytes):
-        fault, dialogues = item.fault, []
+    plain = path.suffix.lower() == ".txt"
+    if plain and pairs:
+        raise ValueError(f"{path}: plain text holds no preference pairs; give JSON with prompt, chosen and rejected")
+    for item in (read_sections if plain else read_items)(path, on_bytes):
+        fault, records = item.fault, []
         if fault is None:
             try:
-                dialogues = _dialogues(item.value, instruction, answer)
-                for dialogue in dialogues:
-                    _check_size(dialogue)
+                records = _records(item, instruction, answer, pairs)
             except _Unusable as e:
                 fault = (e.field, e.reason)
         if fault is not None:
             _refuse(path, item, fault, on_bad, good)
             continue
         good += 1
-        for dialogue in dialogues:
-            yield Record(dialogue, item.index, content_key(dialogue))
+        yield from records
+
+
+def _records(item: Item, instruction: str, answer: str, pairs: bool) -> list[Record]:
+    if isinstance(item.value, Section):
+        dialogue = _plain(item.value.text)
+        return [Record(dialogue, item.index, content_key(dialogue), item.value.first, item.value.last)]
+    if pairs:
+        dialogues = _pair(item.value, instruction)
+        keys = [content_key(Dialogue(dialogues[0].messages[:-1]))] * 2
+    else:
+        dialogues = _dialogues(item.value, instruction, answer)
+        keys = [content_key(dialogue) for dialogue in dialogues]
+    if len(dialogues) == 1 and is_plain(dialogues[0]):
+        parts = sections(dialogues[0].messages[0].content)
+        return [Record(_plain(s.text), item.index, keys[0], s.first, s.last) for s in parts]
+    for dialogue in dialogues:
+        _check_size(dialogue)
+    return [Record(dialogue, item.index, key) for dialogue, key in zip(dialogues, keys, strict=True)]
+
+
+def is_plain(dialogue: Dialogue) -> bool:
+    """Whether it is plain text, to be learnt whole."""
+    return len(dialogue.messages) == 1 and dialogue.messages[0].role == "assistant"
+
+
+def _plain(text: str) -> Dialogue:
+    return Dialogue((Message("assistant", text),))
 
 
 def _refuse(path: Path, item: Item, fault: tuple[str, str], on_bad: OnBad | None, good: int) -> None:
@@ -156,7 +192,7 @@ def _dialogues(value: Any, instruction: str, answer: str) -> list[Dialogue]:
     if "instruction" in value or "output" in value:
         return [_alpaca(value)]
     if "text" in value:
-        return [Dialogue((Message("assistant", _text(value, "text")),))]
+        return [_plain(_text(value, "text"))]
     keys = ", ".join(repr(k)[:40] for k in list(value)[:6]) or "none"
     raise _Unusable(
         "", f"no known shape (fields: {keys}); wanted instruction/input/output, input/{answer}, messages, "
@@ -186,7 +222,50 @@ def _exchange(system: str, question: str, answer: str) -> Dialogue:
     return Dialogue((*head, Message("user", question), Message("assistant", answer)))
 
 
-def _turns(value: dict[str, Any], field: str, who: str, what: str, instruction: str) -> Dialogue:
+def _pair(value: Any, instruction: str) -> list[Dialogue]:
+    """trl's preference shapes (prompt as text, as messages, or in both answers), and instruction/input as in Alpaca:
+    the dialogue with the chosen answer and the one with the rejected.
+    """
+    if not isinstance(value, dict):
+        raise _Unusable("", f"is {_kind(value)}; a record is an object")
+    where = next((f for f in ("prompt", "messages", "instruction") if f in value), None)
+    dialogues, before = [], None
+    for field in ("chosen", "rejected"):
+        if field not in value:
+            raise _Unusable(field, "is missing; a preference pair has prompt, chosen and rejected")
+        if isinstance(value[field], list):
+            *head, answer = _messages(value, field, "role", "content", "")
+        else:
+            head, answer = [], Message("assistant", _text(value, field))
+        if answer.role != "assistant":
+            raise _Unusable(field, f"ends with the {answer.role}; an answer of the assistant is wanted")
+        if where is not None and head:
+            raise _Unusable(field, f"has {len(head) + 1} messages beside {where}; one answer is wanted")
+        prompt = head if where is None else _prompt(value, where, instruction)
+        if not prompt:
+            raise _Unusable("prompt", "is missing; so are messages and instruction")
+        if before is not None and prompt != before:
+            raise _Unusable(field, "does not begin with the messages that chosen begins with")
+        before = prompt
+        opening = [Message("system", instruction)] if instruction and prompt[0].role != "system" else []
+        try:
+            bare = where == "instruction"  # as in Alpaca, whose template without an input has no system message
+            dialogues.append(Dialogue((*(() if bare else opening), *prompt, answer)))
+        except ValueError as e:
+            raise _Unusable(where or field, str(e)) from None
+    return dialogues
+
+
+def _prompt(value: dict[str, Any], field: str, instruction: str) -> list[Message]:
+    if field == "instruction":
+        system, question = _text(value, "instruction"), _text(value, "input", may_lack=True)
+        return [Message("system", system), Message("user", question)] if question else [Message("user", system)]
+    if isinstance(value[field], str):
+        return [Message("user", _text(value, field))]
+    return _messages(value, field, "role", "content", instruction)
+
+
+def _messages(value: dict[str, Any], field: str, who: str, what: str, instruction: str) -> list[Message]:
     messages: list[Message] = []
     for i, turn in enumerate(_items(value, field)):
         at = f"{field}[{i}]."
@@ -197,6 +276,11 @@ def _turns(value: dict[str, Any], field: str, who: str, what: str, instruction: 
         messages.append(Message(role, _text(turn, what, at)))
     if messages[0].role != "system" and instruction:
         messages.insert(0, Message("system", instruction))
+    return messages
+
+
+def _turns(value: dict[str, Any], field: str, who: str, what: str, instruction: str) -> Dialogue:
+    messages = _messages(value, field, who, what, instruction)
     if all(m.role != "assistant" for m in messages):
         raise _Unusable(field, "nobody answers in it: no turn of the assistant")
     try:

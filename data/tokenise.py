@@ -20,14 +20,15 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from data.records import Record
-from llama.chat import ChatFormat, render
+from data.records import Record, is_plain
+from llama.chat import ChatFormat, render, render_text
 from llama.tokenizer import Tokenizer
 
 BATCH = 256  # records that travel together
 
-# One row a record. length: tokens kept (0: dropped); supervised: how many of them carry loss; original: tokens before
-# the cut; at: place of the first in tokens.
+# One row a record, or several of a plain text. length: tokens kept (0: dropped); supervised: how many of them carry
+# loss; original: tokens before the cut, 0 where a row goes on with the text of the row before; at: place of the first
+# in tokens.
 ROW = np.dtype(
     [("index", "<i8"), ("key", "<u8"), ("at", "<i8"), ("length", "<i4"), ("supervised", "<i4"), ("original", "<i4")]
 )
@@ -53,6 +54,20 @@ def encode(ids: list[int], mask: list[bool], max_len: int, dtype: np.dtype[Any])
     return kept[: int(loss.nonzero()[0][-1]) + 1] if loss.any() else kept[:0]
 
 
+def encode_text(ids: list[int], max_len: int, dtype: np.dtype[Any]) -> list[NDArray[Any]]:
+    """Stored tokens of plain text in rows of max_len. Each row begins with the token that the one before ended with,
+    without loss, so that every token but the first of all is learnt once, from what stood before it.
+    """
+    rows = [ids[at : at + max_len] for at in range(0, max(1, len(ids) - 1), max_len - 1)]
+    return [encode(row, [False] + [True] * (len(row) - 1), max_len, dtype) for row in rows]
+
+
+def last_answer(mask: list[bool]) -> list[bool]:
+    """The mask with the last answer alone: of a preference pair, what was chosen or rejected."""
+    prompt = next((i for i in range(len(mask), 0, -1) if not mask[i - 1]), 0)
+    return [False] * prompt + mask[prompt:]
+
+
 @dataclass
 class Job:
     """What a process needs to tokenise."""
@@ -60,9 +75,10 @@ class Job:
     tokenizer: bytes
     chat_format: dict[str, Any]
     max_len: int
+    pairs: bool = False
 
     def start(self) -> Worker:
-        return Worker(Tokenizer(self.tokenizer), ChatFormat.from_json(self.chat_format), self.max_len)
+        return Worker(Tokenizer(self.tokenizer), ChatFormat.from_json(self.chat_format), self.max_len, self.pairs)
 
 
 @dataclass
@@ -72,20 +88,30 @@ class Worker:
     tokenizer: Tokenizer
     chat_format: ChatFormat
     max_len: int
+    pairs: bool = False
 
     def __call__(self, records: list[Record]) -> tuple[NDArray[Any], NDArray[Any]]:
         """Tokens of the records end to end, and their rows (`at` counts from the first)."""
         dtype = token_type(self.tokenizer.vocab_size)
-        rows = np.zeros(len(records), ROW)
+        rows: list[tuple[int, ...]] = []
         parts, at = [np.zeros(0, dtype)], 0
-        for i, record in enumerate(records):
-            ids, mask = render(record.dialogue, self.chat_format, self.tokenizer)
-            part = encode(ids, mask, self.max_len, dtype)
-            supervised = int((part >= supervised_bit(dtype)).sum())
-            rows[i] = (record.index, record.key, at, part.size, supervised, len(ids))
-            parts.append(part)
-            at += part.size
-        return np.concatenate(parts), rows
+        for record in records:
+            for part, original in self._encoded(record, dtype):
+                supervised = int((part >= supervised_bit(dtype)).sum())
+                rows.append((record.index, record.key, at, part.size, supervised, original))
+                parts.append(part)
+                at += part.size
+        return np.concatenate(parts), np.array(rows, ROW)
+
+    def _encoded(self, record: Record, dtype: np.dtype[Any]) -> list[tuple[NDArray[Any], int]]:
+        """Stored tokens of each row of a record, and ROW's `original`."""
+        if is_plain(record.dialogue):
+            text = record.dialogue.messages[0].content
+            ids = render_text(text, self.tokenizer, first=record.first, last=record.last)
+            rows = encode_text(ids, self.max_len, dtype)
+            return [(row, row.size if record.first and i == 0 else 0) for i, row in enumerate(rows)]
+        ids, mask = render(record.dialogue, self.chat_format, self.tokenizer)
+        return [(encode(ids, last_answer(mask) if self.pairs else mask, self.max_len, dtype), len(ids))]
 
 
 def tokenise(records: Iterable[Record], job: Job, workers: int) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:

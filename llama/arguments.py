@@ -17,6 +17,7 @@ from llama.command_line import Parser
 from llama.lora_config import LoRAConfig, target_names
 
 PACKINGS = ("none", "step", "epoch")
+OBJECTIVES = ("sft", "dpo")
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
 STRATEGIES = ("no", "steps", "epoch")
 
@@ -32,7 +33,9 @@ class TrainArguments:
 
     # what
     model_name_or_path: str = flag("tiny", "checkpoint directory, or a preset name to start from random weights")
-    data_path: tuple[str, ...] = flag((), "JSON or JSONL files of dialogues; none: the built-in sample", nargs="+")
+    data_path: tuple[str, ...] = flag(
+        (), "JSON or JSONL files of dialogues or plain texts, .txt files; none: the built-in sample", nargs="+"
+    )
     data_weights: tuple[float, ...] = flag((), "how often each file's records appear in an epoch (1 each)", nargs="+")
     output_dir: str = flag("out/tiny", "where checkpoints, metrics and the finished model go")
     overwrite_output_dir: bool = flag(False, "train anew over a finished model or checkpoints in output_dir")
@@ -58,6 +61,16 @@ class TrainArguments:
     preview: int = flag(0, "print this many training samples with their supervised tokens marked, then stop")
     cache_dir: str = flag("", "where tokenised data is kept (default: .cache/tokens)")
     num_workers: int = flag(0, "tokenising processes (0: one per core)")
+
+    # objective
+    objective: str = flag(
+        "sft",
+        "sft: learn the answers, of plain text every token; dpo: learn from pairs {prompt, chosen, rejected}",
+        choices=OBJECTIVES,
+    )
+    beta: float = flag(0.1, "dpo: how strongly the starting model holds the answers back")
+    label_smoothing: float = flag(0.0, "dpo: share of pairs taken to be the wrong way round (sigmoid only)")
+    loss_type: str = flag("sigmoid", "dpo: loss of a pair", choices=("sigmoid", "ipo"))
 
     # how long, how much
     num_train_epochs: float = flag(3.0, "epochs")
@@ -151,6 +164,11 @@ class TrainArguments:
         if self.split_weights and not self.bf16:
             raise ValueError(f"--optim {self.optim} splits bf16 weights: it needs --bf16 True")
         self._check_adapters()
+        if self.beta == 0 or self.label_smoothing >= 0.5:
+            values = f"--beta is {self.beta} and --label_smoothing {self.label_smoothing}"
+            raise ValueError(f"{values}; they must be above 0, and below 0.5")
+        if self.objective == "dpo" and not self.data_path:
+            raise ValueError("--objective dpo needs --data_path: JSON records with prompt, chosen and rejected")
         unknown = set(self.fsdp.split()) - {"full_shard", "shard_grad_op", "hybrid_shard", "offload", "auto_wrap"}
         if unknown:
             raise ValueError(f"--fsdp {self.fsdp!r}: {', '.join(sorted(unknown))} is not supported")
@@ -178,6 +196,16 @@ class TrainArguments:
         return LoRAConfig(self.lora_r, self.lora_alpha, self.lora_dropout, self.lora_target_modules)
 
     @property
+    def pairs(self) -> bool:
+        """The data is preference pairs."""
+        return self.objective == "dpo"
+
+    @property
+    def row_length(self) -> int:
+        """Tokens of a packed row: of a pair, both sequences."""
+        return self.model_max_length * (2 if self.pairs else 1)
+
+    @property
     def split_weights(self) -> bool:
         """Weights are bf16 halves of fp32 ones."""
         return self.optim.startswith("adamw_split")
@@ -202,6 +230,8 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     "num_train_epochs",
     "learning_rate",
+    "beta",
+    "label_smoothing",
     "weight_decay",
     "adam_epsilon",
     "max_grad_norm",

@@ -151,6 +151,15 @@ def render(dialogue: Dialogue, chat_format: ChatFormat, tokenizer: Encoder) -> t
     return ids, mask
 
 
+def render_text(text: str, tokenizer: Encoder, *, first: bool = True, last: bool = True) -> list[int]:
+    """Token ids of plain text, or of a section of one: BOS, text, EOS if it is the last. All but BOS carry loss.
+
+    A whole text (first and last) has the ids that render() gives a lone assistant message. Every section begins with
+    BOS, as everything does that a model is asked.
+    """
+    return [tokenizer.bos_id, *tokenizer.encode(text, continued=not first), *([tokenizer.eos_id] if last else [])]
+
+
 def fit(dialogue: Dialogue, chat_format: ChatFormat, tokenizer: Encoder, limit: int) -> tuple[list[int], int]:
     """Prompt ids of a dialogue that ends with the user's turn, and how many of its oldest turns were left out.
 

@@ -100,6 +100,8 @@ class Block(nn.Module):
 
 # What a cached layer calls with its new k and v to get all of them.
 Memory = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+# What makes the weights of the tokens' losses from the last hidden states, the head and the targets.
+Weigh = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Llama(nn.Module):
@@ -143,12 +145,14 @@ class Llama(nn.Module):
         documents: kernels.Documents | None = None,
         cache: KVCache | None = None,
         last_only: bool = False,
+        weigh: Weigh | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits (B, T, V) of tokens (B, T); with targets (B, T), the summed loss (fp32) and its token count (int64).
 
         Targets of IGNORE carry no loss. documents: (start, end) int32 (B, T) of a packed batch: a token sees its own
         document, and positions restart in each. cache: the tokens follow what it holds, and it grows by them.
-        last_only: logits (B, 1, V) of the last token only, all that decoding needs of a prompt.
+        last_only: logits (B, 1, V) of the last token only, all that decoding needs of a prompt. weigh(x (N, D), head
+        (V, D), targets (N,)): with targets, gives how much each token's loss counts, fp32 (N,), without gradient.
         """
         B, T = tokens.shape
         x = self.embed(tokens)
@@ -167,7 +171,8 @@ class Llama(nn.Module):
             return self.head(x) if hasattr(self, "head") else nn.functional.linear(x, self.embed.weight)
         head = self.embed.weight if self.config.tie_embeddings else self.head.weight
         N, D = B * T, x.shape[-1]
-        loss = kernels.linear_cross_entropy(x.view(N, D), head, targets.view(N), IGNORE)
+        weights = None if weigh is None else weigh(x.detach().view(N, D), head, targets.view(N))
+        loss = kernels.linear_cross_entropy(x.view(N, D), head, targets.view(N), IGNORE, weights)
         return loss, (targets != IGNORE).sum()
 
     def _rotation_at(

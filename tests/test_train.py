@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -169,6 +170,8 @@ def test_builtin_defaults_hold_only_without_data() -> None:
         ),
         (["--lora_r", "8", "--bf16", "--optim", "adamw_split"], "adapters are few, use --optim adamw_torch"),
         (["--lora_r", "8", "--base_bits", "4", "--fsdp", "offload"], "4-bit weights are not sharded"),
+        (["--objective", "dpo"], "needs --data_path"),
+        (["--beta", "0"], "must be above 0"),
         (["--evaluation_strategy", "steps", "--data_path", "a"], "give --eval_fraction"),
         (["--kernels", "triton", "--device", "cpu", "--output_dir", "out/none"], "triton was asked for, but"),
         (
@@ -531,6 +534,84 @@ def test_finished_model_is_not_overwritten_by_accident(flags: list[str], capsys:
     assert train.main([*flags, "--overwrite_output_dir", "--max_steps", "3"]) == 0
     assert len(losses(Path("out"))) == 3
     assert not list(Path("out").glob("checkpoint-*")), "a later resume must not find the earlier run"
+
+
+# --- plain text and preference pairs --------------------------------------------------------------
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    """Forty pairs: "rest" is always chosen over "pain"."""
+    path = tmp_path / "pairs.jsonl"
+    lines = []
+    for i in range(40):
+        question, end = "fever and cough in the chest"[: 8 + i % 9], " for two days" * (i % 3)
+        lines.append(json.dumps({"prompt": question, "chosen": f"rest{end}", "rejected": f"pain{end} {end}"}))
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_a_small_preset_is_trained_from_scratch_on_a_book(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    sample = synthesize.sample(dataclasses.replace(synthesize.RECIPE, n_train=1500, n_held_out=4))
+    text = "\n\n".join(m.content for d in sample.train for m in d.messages)
+    Path("book.txt").write_text(text)
+    flags = "--model_name_or_path tiny --data_path book.txt --packing epoch --model_max_length 64 --max_steps 6"
+    more = "--eval_fraction 0.2 --learning_rate 1e-3 --per_device_train_batch_size 4 --output_dir out --num_workers 1"
+    assert train.main([*flags.split(), *more.split()]) == 0
+    lines = read_metrics(Path("out/metrics.jsonl"))
+    assert lines[-1]["eval_perplexity"] < 2000
+    assert lines[0]["supervised_tokens"] > 0.9 * lines[0]["tokens"]
+    assert checkpoint.load_tokenizer("out").vocab_size == checkpoint.load_config("out").vocab_size
+
+
+def test_pairs_move_the_model_to_the_chosen_answers(
+    flags: list[str], pairs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--objective", "dpo", "--data_path", str(pairs), "--eval_fraction", "0.2", "--max_steps", "30"]
+    assert train.main([*flags, *more]) == 0
+    assert "log-probabilities are the reference" in capsys.readouterr().err
+    *lines, held = read_metrics(Path("out/metrics.jsonl"))
+    assert lines[0]["loss"] == pytest.approx(0.693147, abs=1e-5), "the starting model prefers nothing to itself"
+    assert lines[-1]["loss"] < 0.4
+    assert lines[-1]["reward_margin"] > 1
+    assert lines[-1]["reward_accuracy"] == held["eval_reward_accuracy"] == 1
+    assert lines[-1]["reward_margin"] == pytest.approx(lines[-1]["reward_chosen"] - lines[-1]["reward_rejected"])
+    assert "eval_perplexity" not in held
+    assert Path("out/reference.logprobs").exists()
+    assert train.main([*flags, *more, "--overwrite_output_dir"]) == 0
+    assert "log-probabilities are the reference" not in capsys.readouterr().err, "they were kept"
+
+
+def test_two_ranks_learn_from_pairs_as_one(flags: list[str], pairs: Path, tmp_path: Path) -> None:
+    flags = [*flags, "--objective", "dpo", "--data_path", str(pairs), "--max_steps", "8"]
+    assert train.main([*flags, "--output_dir", "one"]) == 0
+    two = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2", "--output_dir", "two"]
+    code, err = finish(launch([*flags, *two], tmp_path, ranks=2))
+    assert code == 0, err
+    for a, b in zip(losses(Path("one")), losses(Path("two")), strict=True):
+        assert a == pytest.approx(b, abs=1e-5)
+
+
+def test_pairs_resume_to_the_bit_and_from_the_same_reference_only(
+    flags: list[str], pairs: Path, start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*flags, "--objective", "dpo", "--data_path", str(pairs), "--save_strategy", "steps", "--save_steps", "4"]
+    assert train.main([*flags, "--output_dir", "alone"]) == 0
+    assert train.main(flags) == 0
+    for path in (Path("out/checkpoint-12"), Path("out/checkpoint-8")):
+        shutil.rmtree(path)
+    Path("out/reference.logprobs").unlink()
+    assert train.main([*flags, "--resume_from_checkpoint", "auto"]) == 0
+    assert "resuming after step 4" in capsys.readouterr().err
+    assert losses(Path("out")) == losses(Path("alone"))
+    other = tmp_path / "other"
+    model = checkpoint.load_model(start)
+    model.init_weights(1)
+    parts = checkpoint.load_config(start), checkpoint.load_tokenizer(start), checkpoint.load_chat_format(start)
+    checkpoint.save_model(other, model.named_parameters(), *parts)
+    assert train.main([*flags, "--resume_from_checkpoint", "auto", "--model_name_or_path", str(other)]) == 2
+    assert "the starting model, which is the reference, or the data set changed" in capsys.readouterr().err
 
 
 # --- the picture ----------------------------------------------------------------------------------

@@ -192,3 +192,58 @@ def test_the_real_files(shared: Path) -> None:
         ("self_instruct_user_oriented_252.jsonl", 252),
     ):
         assert len(list(read_records(data / "general" / name))) == n
+
+
+# --- preference pairs -----------------------------------------------------------------------------
+
+U, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "good"}
+B = {"role": "assistant", "content": "bad"}
+S = {"role": "system", "content": "sys"}
+
+
+@pytest.mark.parametrize(
+    ("value", "prompt"),
+    [
+        ({"prompt": "q", "chosen": "good", "rejected": "bad"}, ("s:be brief", "u:q")),
+        ({"prompt": [U], "chosen": [A], "rejected": [B]}, ("s:be brief", "u:q")),
+        ({"prompt": [S, U], "chosen": [A], "rejected": "bad"}, ("s:sys", "u:q")),
+        ({"chosen": [S, U, A], "rejected": [S, U, B]}, ("s:sys", "u:q")),
+        ({"chosen": [U, A], "rejected": [U, B]}, ("s:be brief", "u:q")),
+        ({"messages": [U, A, U], "chosen": "good", "rejected": "bad"}, ("s:be brief", "u:q", "a:good", "u:q")),
+        ({"instruction": "i", "input": "q", "chosen": "good", "rejected": "bad"}, ("s:i", "u:q")),
+        ({"instruction": "i", "input": "", "chosen": "good", "rejected": "bad"}, ("u:i",)),
+    ],
+    ids=lambda v: ",".join(v) if isinstance(v, dict) else "",
+)
+def test_pairs_in_trls_shapes(tmp_path: Path, value: dict[str, Any], prompt: tuple[str, ...]) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps(value) + "\n" + json.dumps({**value, "chosen": value["rejected"]}) + "\n")
+    records = list(read_records(path, instruction="be brief", pairs=True))
+    assert [r.dialogue for r in records[:2]] == [talk(*prompt, "a:good"), talk(*prompt, "a:bad")]
+    assert [r.index for r in records] == [1, 1, 2, 2]
+    assert len({r.key for r in records}) == 1, "one prompt falls on one side of the split, whatever its answers"
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"prompt": "q", "chosen": "good"}, "rejected: is missing; a preference pair has prompt, chosen and rejected"),
+        ({"chosen": "good", "rejected": "bad"}, "prompt: is missing; so are messages and instruction"),
+        ({"prompt": "q", "chosen": 3, "rejected": "bad"}, "chosen: is a number; text is wanted"),
+        ({"prompt": "q", "chosen": [U], "rejected": [B]}, "chosen: ends with the user"),
+        ({"prompt": [U], "chosen": [U, A], "rejected": [B]}, "chosen: has 2 messages beside prompt"),
+        ({"prompt": [A], "chosen": [A], "rejected": [B]}, "prompt: turn 1 is from the assistant"),
+        ({"chosen": [U, A], "rejected": [S, U, B]}, "rejected: does not begin with the messages"),
+        ({"prompt": "q", "chosen": " ", "rejected": "bad"}, "chosen: is blank"),
+        (["q"], "is a list; a record is an object"),
+    ],
+    ids=str,
+)
+def test_bad_pairs_are_named(tmp_path: Path, value: Any, message: str) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps({"prompt": "q", "chosen": "a", "rejected": "b"}) + "\n" + json.dumps(value) + "\n")
+    if isinstance(value, list):
+        path.write_text(json.dumps([value]))
+    with pytest.raises(BadRecord) as e:
+        list(read_records(path, pairs=True))
+    assert message in str(e.value)

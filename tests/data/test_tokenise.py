@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from data.records import Record, content_key
-from data.tokenise import BATCH, Job, _Process, encode, supervised_bit, token_type, tokenise
+from data.tokenise import BATCH, Job, _Process, encode, last_answer, supervised_bit, token_type, tokenise
 from llama.chat import ChatFormat, Dialogue, Message, render
 from llama.tokenizer import Tokenizer
 
@@ -91,3 +91,9 @@ def test_a_process_that_dies_is_reported(small_tokenizer: Tokenizer) -> None:
 def test_processes_do_not_import_torch() -> None:
     code = "import sys, data.tokenise, data.cache, data.dataset; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_of_a_pair_the_last_answer_alone_carries_loss() -> None:
+    assert last_answer([P, A, A, P, A, A]) == [P, P, P, P, A, A]
+    assert last_answer([P, A]) == [P, A]
+    assert last_answer([P, P]) == [P, P]
