@@ -517,7 +517,8 @@ def train(run: Run, stop: Stop, steps: Ahead[loader.Step]) -> bool:
     args = run.args
     total = args.max_steps if args.max_steps > 0 else run.batches.total_steps(args.num_train_epochs)
     done, tokens = resume(run)
-    log = RunLog(run.output_dir, done, "tensorboard" in args.report_to) if run.world.rank == 0 else None
+    settings = dataclasses.asdict(args)
+    log = RunLog(run.output_dir, done, args.report_to, settings) if run.world.rank == 0 else None
     interval = 0.2 if sys.stderr.isatty() else 20.0  # a log file is not redrawn
     bar = tqdm(total=total, initial=done, unit="step", disable=run.world.rank != 0, mininterval=interval)
     run.model.train()

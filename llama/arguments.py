@@ -140,7 +140,11 @@ class TrainArguments:
     evaluation_strategy: str = flag("no", "when to evaluate on the held-out records", choices=STRATEGIES)
     eval_steps: int = flag(500, "steps between evaluations")
     logging_steps: int = flag(1, "steps between lines of metrics.jsonl")
-    report_to: str = flag("none", "tensorboard: also write event files under <output_dir>/tensorboard")
+    report_to: str = flag(
+        "none",
+        "tensorboard: also event files under <output_dir>/tensorboard; wandb: also a Weights & Biases run, offline "
+        "unless WANDB_MODE says otherwise; both: tensorboard,wandb",
+    )
 
     def __post_init__(self) -> None:
         for name in _POSITIVE:
@@ -172,8 +176,8 @@ class TrainArguments:
         unknown = set(self.fsdp.split()) - {"full_shard", "shard_grad_op", "hybrid_shard", "offload", "auto_wrap"}
         if unknown:
             raise ValueError(f"--fsdp {self.fsdp!r}: {', '.join(sorted(unknown))} is not supported")
-        if set(self.report_to.split(",")) - {"none", "tensorboard"}:
-            raise ValueError(f"--report_to {self.report_to!r}: none and tensorboard are supported")
+        if set(self.report_to.split(",")) - {"none", "tensorboard", "wandb"}:
+            raise ValueError(f"--report_to {self.report_to!r}: none, tensorboard and wandb are supported")
         if self.evaluation_strategy != "no" and self.eval_fraction == 0 and self.data_path:
             raise ValueError("--evaluation_strategy needs held-out records: give --eval_fraction, 0.02 for instance")
 

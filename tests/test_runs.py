@@ -155,3 +155,16 @@ def test_the_slurm_job_goes_on_until_the_model_is_there(tmp_path: Path, finished
     outside = run("chatdoctor_7b.sbatch", SLURM_SUBMIT_DIR="")
     assert outside.returncode != 0
     assert "without SLURM: runs/chatdoctor_7b_nodes.sh" in outside.stderr
+
+
+def test_compare_draws_runs_and_names_what_is_missing(tmp_path: Path) -> None:
+    metrics = tmp_path / "a" / "metrics.jsonl"
+    metrics.parent.mkdir()
+    metrics.write_text('{"step": 1, "loss": 2.0, "tokens": 10}\n{"step": 2, "loss": 1.0, "tokens": 20}\n')
+    command = [sys.executable, str(ROOT / "runs/compare.py"), "--output", "c.png", "a"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "c.png\n"), done.stderr
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+    done = subprocess.run([*command, "b"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: b: no such file")
