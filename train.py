@@ -348,7 +348,7 @@ def forward(run: Run, batch: loader.Batch) -> tuple[torch.Tensor, torch.Tensor]:
     inputs = model_inputs(batch, run.world)
     if not run.args.pairs:
         loss, count = run.model(*inputs)
-        return loss, torch.tensor([loss.item(), count.item()], dtype=torch.float64)
+        return loss, torch.stack([loss.detach().double(), count.double()]).cpu()
     choices = preference.Preference(run.args.loss_type, run.args.beta, run.args.label_smoothing)
     pair_loss = preference.PairLoss(choices, batch.pairs)
     weighted, _ = run.model(*inputs, weigh=pair_loss)  # not the loss, but with its gradient
@@ -532,22 +532,14 @@ def train(run: Run, stop: Stop, steps: Ahead[loader.Step]) -> bool:
             lora.seed_dropout(args.seed, number, run.world.rank)
         before = sample.take() if number % args.logging_steps == 0 else None
         result = train_step(run, step, rate, stop.signal != 0)
+        changed = sample.changed(before) if before is not None else {}
         seconds = time.perf_counter() - begin
         tokens += step.tokens
-        changed = sample.changed(before) if before is not None else {}
         if log is not None and changed:
             counts = {"tokens": tokens, "supervised_tokens": step.supervised_tokens, "data_seconds": waited}
             line = {"step": number, "epoch": run.batches.epoch_of(number), "loss": result.loss, "lr": rate}
-            log.write(
-                {
-                    **line,
-                    **result.reports,
-                    "grad_norm": result.grad_norm,
-                    **changed,
-                    **counts,
-                    **speed(run, step, seconds),
-                }
-            )
+            line |= {**result.reports, "grad_norm": result.grad_norm, **changed, **counts}
+            log.write({**line, **speed(run, step, seconds)})
         bar.set_postfix_str(f"loss {result.loss:.3f}, {step.tokens / seconds:,.0f} tok/s", refresh=False)
         bar.update()
         stopped = result.stop and number < total

@@ -159,7 +159,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             minloglevel=2,
         )
     except RuntimeError as e:
-        raise ValueError(f"cannot train a tokenizer of {vocab_size} pieces: {str(e).splitlines()[-1]}") from None
+        reason = str(e).splitlines()[-1]
+        raise ValueError(
+            f"cannot train a tokenizer of {vocab_size} pieces; give more text, or a trained tokenizer ({reason})"
+        ) from None
     return Tokenizer(out.getvalue(), "trained tokenizer")
 
 
