@@ -27,7 +27,7 @@ from data import loader, synthesize
 from data.metrics import retrieval_ceiling, share_named_right
 from data.prefetch import Ahead
 from data.records import BadRecord, RejectedFile, read_records
-from llama import checkpoint, lora, lora_files, nf4, parallel, preference, training_state
+from llama import checkpoint, lora, lora_files, nf4, parallel, planner, preference, rehearsal, training_state
 from llama.arguments import TrainArguments, parse
 from llama.changes import WeightSample
 from llama.chat import ChatFormat, Dialogue, Message, render
@@ -178,6 +178,9 @@ def build_model(args: TrainArguments, source: Source, world: World) -> Llama:
             unsharded = set(model.parameters())
         lora.apply(model, args.lora)
     offload = "offload" in args.fsdp
+    recompute = planner.recompute_for(source.config, args, world.size, gpu_memory(world))
+    if args.gradient_checkpointing == "auto" and recompute:
+        say(world, f"{recompute} of {source.config.n_layers} blocks are recomputed in backward, so that a step fits")
     parallel.prepare(
         model,
         model.layers,
@@ -185,11 +188,16 @@ def build_model(args: TrainArguments, source: Source, world: World) -> Llama:
         bf16=args.bf16,
         reshard_after_forward="shard_grad_op" not in args.fsdp,
         offload=offload,
-        recompute=args.gradient_checkpointing,
+        recompute=recompute,
         compiled=args.torch_compile,
         unsharded=unsharded,
     )
     return model.to_empty(device="cpu" if offload else world.device)
+
+
+def gpu_memory(world: World) -> int | None:
+    """Bytes of this rank's GPU; None on a CPU."""
+    return torch.cuda.get_device_properties(world.device).total_memory if world.device.type == "cuda" else None
 
 
 def build_optimizer(args: TrainArguments, model: Llama) -> torch.optim.Optimizer:
@@ -391,22 +399,18 @@ def evaluate(run: Run) -> dict[str, float]:
 
 
 def speed(run: Run, step: loader.Step, seconds: float) -> dict[str, float]:
-    """What a step cost: real tokens per second, seconds, and on a GPU its peak memory and mfu.
+    """What a step cost: real tokens per second, seconds, FLOPs a token, and on a GPU its peak memory and mfu.
 
-    mfu: (6 parameters + 12 layers * width * row length) FLOP per token slot, as PaLM counts (arXiv:2204.02311,
-    appendix B; 4 where they are frozen under adapters), over the data sheet's dense bf16 rate. Recomputed activations
-    do not count.
+    mfu: the FLOPs of planner.flops, of real tokens and what they see alone, over the data sheet's dense bf16 rate.
     """
-    line: dict[str, float] = {"tokens_per_s": step.tokens / seconds, "seconds": seconds}
+    flops = planner.flops(run.source.config, step.tokens, step.attended, frozen=run.args.lora_r > 0)
+    line = {"tokens_per_s": step.tokens / seconds, "seconds": seconds, "flops_per_token": flops / step.tokens}
     if run.world.device.type == "cuda":
         line["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
         name = torch.cuda.get_device_name()
         peak = next((rate for key, rate in PEAK_FLOPS.items() if key in name), None)
         if peak is not None:
-            c = run.source.config
-            passes = 4 if run.args.lora_r else 6  # frozen weights have no gradients: a third of the products less
-            flops = passes * c.n_params() + 12 * c.n_layers * c.n_heads * c.head_dim * run.args.model_max_length
-            line["mfu"] = flops * step.tokens / seconds / run.world.size / peak
+            line["mfu"] = flops / seconds / run.world.size / peak
     return line
 
 
@@ -476,6 +480,11 @@ def resume(run: Run) -> tuple[int, int]:
     return step, int(state["tokens"])
 
 
+def saved_dtype(args: TrainArguments) -> torch.dtype:
+    """The number type of the finished model."""
+    return getattr(torch, args.save_dtype if args.save_dtype != "auto" else "bfloat16" if args.bf16 else "float32")
+
+
 def save_finished(run: Run) -> None:
     """The finished model at output_dir, in the Hugging Face layout; out/latest names it. Adapters folded in, and by
     themselves in output_dir/adapter."""
@@ -485,7 +494,6 @@ def save_finished(run: Run) -> None:
         assert source.weights is not None
         lora_files.save_adapter(run.output_dir / "adapter", run.model, args.lora, source.weights, source.chat_format)
         tensors = lora.merged_tensors(run.model)
-    dtype = args.save_dtype if args.save_dtype != "auto" else "bfloat16" if args.bf16 else "float32"
     training_state.save_sharded_model(
         run.output_dir,
         tensors,
@@ -493,7 +501,7 @@ def save_finished(run: Run) -> None:
         source.tokenizer,
         source.chat_format,
         source.generation,
-        getattr(torch, dtype),
+        saved_dtype(args),
     )
     if run.world.rank == 0:
         LATEST.parent.mkdir(parents=True, exist_ok=True)
@@ -512,11 +520,45 @@ def due(strategy: str, every: int, run: Run, step: int) -> bool:
     return strategy == "steps" and step % every == 0
 
 
+def rehearse(run: Run, done: int, total: int) -> None:
+    """Before the next step: the largest batch that may come, forward and backward, an evaluation batch, and a save.
+
+    Whatever is short (memory, disk, a right to write) is so now. The run then goes on as if this had not been.
+    """
+    begin, args, source = time.perf_counter(), run.args, run.source
+    tensors = state_tensors(run)
+    coming = sum(due(args.save_strategy, args.save_steps, run, number) for number in range(done + 1, total + 1))
+    size = rehearsal.size_on_disk(tensors, run.world.size)
+    finished = saved_dtype(args).itemsize * source.config.n_params()
+    rehearsal.check_space(run.output_dir, size, coming, args.save_total_limit, finished)
+    batch, times = run.batches.longest()
+    with rehearsal.untouched(run.model, run.world.device):
+        for last in (False, True)[-times:]:
+            parallel.sync_gradients(run.model, last)
+            loss, _ = run.model(*model_inputs(batch, run.world))
+            (loss / batch.tokens.numel()).backward()
+        held_out = next(run.batches.eval_batches(), None)
+        if held_out is not None:
+            run.model.eval()
+            with torch.no_grad():
+                run.model(*model_inputs(held_out, run.world))
+    state = {"order": run.batches.state(done), "arguments": dataclasses.asdict(args)}
+    files = checkpoint.model_files(source.config, source.tokenizer, source.chat_format, source.generation)
+    rehearsal.save(run.output_dir, done, tensors, state, files)
+    peak = rehearsal.peak_of(run.world.device)
+    planned = planner.plan(source.config, args, run.world.size).tensors / planner.GIB
+    used = "" if peak is None else f"; at most {peak / planner.GIB:.1f} GiB of tensors ({planned:.1f} planned)"
+    shape = " x ".join(map(str, batch.tokens.shape))
+    say(run.world, f"rehearsed a batch of {shape}, evaluation and saving in {time.perf_counter() - begin:.1f} s{used}")
+
+
 def train(run: Run, stop: Stop, steps: Ahead[loader.Step]) -> bool:
     """The loop; whether it reached its end (else it was asked to stop, and saved where it was)."""
     args = run.args
     total = args.max_steps if args.max_steps > 0 else run.batches.total_steps(args.num_train_epochs)
     done, tokens = resume(run)
+    if args.rehearse and done < total:
+        rehearse(run, done, total)
     settings = dataclasses.asdict(args)
     log = RunLog(run.output_dir, done, args.report_to, settings) if run.world.rank == 0 else None
     interval = 0.2 if sys.stderr.isatty() else 20.0  # a log file is not redrawn
@@ -673,12 +715,25 @@ def main(argv: list[str] | None = None) -> int:
     rank = int(os.environ.get("RANK", 0))
     try:
         args = parse(sys.argv[1:] if argv is None else argv, BUILTIN)
+        if args.plan:
+            if rank == 0:
+                gpus = args.plan_gpus or int(os.environ.get("WORLD_SIZE", 1))
+                print(planner.report(planner.config_of(args), args, gpus))
+            return 0
         world = parallel.init(args.device, sharded=args.sharded, hybrid="hybrid_shard" in args.fsdp)
         return execute(args, world)
     except ValueError as e:
         remedy = " (--skip_bad_records sets such records aside and goes on)" if isinstance(e, BadRecord) else ""
         if rank == 0 or isinstance(e, BadBatch):
             print(f"error: {e}{remedy}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as e:
+        if not planner.is_out_of_memory(e):
+            raise
+        memory = gpu_memory(world)
+        size = world.size if world.device.type == "cuda" else 1
+        why = planner.out_of_memory(planner.config_of(args), args, size, memory)
+        print(f"error: rank {rank} is out of memory ({planner.first_line(e)}); {why}", file=sys.stderr)
         return 2
     finally:
         if not parallel.launched():

@@ -144,8 +144,8 @@ class Batch:
 class Step:
     """What one rank does in one optimizer step; the counts are of the global batch, all ranks together.
 
-    supervised_tokens: targets that carry loss; tokens: real ones; slots: tokens with padding;
-    pairs: of preference data.
+    supervised_tokens: targets that carry loss; tokens: real ones; slots: tokens with padding; attended: pairs of real
+    tokens with each token that they see, themselves among them (attention's work); pairs: of preference data.
     """
 
     micro_batches: list[Batch]
@@ -153,6 +153,7 @@ class Step:
     tokens: int
     slots: int
     pairs: int = 0
+    attended: int = 0
 
     @property
     def divisor(self) -> int:
@@ -235,13 +236,38 @@ class Loader:
         """Step number index, from 0; any step at any time."""
         grid = self._grid(index)
         documents = np.concatenate([row for rows, _ in grid for row in rows])
+        lengths = self.dataset.lengths[documents].astype(np.int64)
         return Step(
             [self._assemble(self.dataset, *grid[i]) for i in range(self.rank, len(grid), self.world)],
             int(self.dataset.supervised[documents].sum()),
-            int(self.dataset.lengths[documents].sum()),
+            int(lengths.sum()),
             sum(len(rows) * width for rows, width in grid),
             documents.size if isinstance(self.dataset, PairDataset) else 0,
+            int((lengths * (lengths + 1) // 2).sum()),
         )
+
+    def longest(self) -> tuple[Batch, int]:
+        """A micro-batch as large as any that a step can have, all of it supervised; the most micro-batches of a step.
+
+        As many of the longest records as a step takes are packed: no other step needs more rows. The rows' tokens are a
+        record's, over and over.
+        """
+        lengths = np.sort(self.dataset.lengths)[::-1][: self.global_batch]
+        B, T, times = self.batch, self.max_len, self.accumulation
+        if self.packing == "none":
+            T = self._width(int(lengths[0]))
+        elif self.packing == "step":
+            rows = pack(np.arange(lengths.size), lengths, self.max_len)
+            # An epoch's order may bring a record twice in a step, or a long one again: room for one row more a rank.
+            most = -(-len(rows) // self.world) + (self.global_batch > lengths.size) * self.batch
+            B, times = min(B, most), min(times, -(-most // self.batch))
+            T = self._width(int(lengths.sum()))
+        if self.fixed_shape:
+            B, T = self.batch, self.max_len
+        ids, _ = self.dataset.document(0)
+        tokens = torch.from_numpy(np.resize(np.asarray(ids, np.int64), (B, T)).copy())
+        start, end = torch.zeros(B, T, dtype=torch.int32), torch.full((B, T), T, dtype=torch.int32)
+        return Batch(tokens, tokens.clone(), start, end, []), times
 
     def eval_batches(self) -> Iterator[Batch]:
         """This rank's share of the held-out set, packed, always the same; as many batches on every rank."""
@@ -324,7 +350,10 @@ class Loader:
             return rows + [np.zeros(0, np.int64)] * (batch - len(rows)), self.max_len
         rows = rows or [np.zeros(0, np.int64)]
         widest = max(int(dataset.lengths[row].sum()) for row in rows)
-        return rows, min(self.max_len, max(8, -(-widest // 8) * 8))
+        return rows, self._width(widest)
+
+    def _width(self, widest: int) -> int:
+        return min(self.max_len, max(8, -(-widest // 8) * 8))
 
     def _assemble(self, dataset: Dataset, rows: list[Ints], width: int) -> Batch:
         B, T = len(rows), width

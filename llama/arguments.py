@@ -120,9 +120,18 @@ class TrainArguments:
         "a node, copied between nodes); with offload: weights, gradients and optimizer in the CPU's memory",
     )
     fsdp_transformer_layer_cls_to_wrap: str = flag("", "accepted; blocks are always the unit that is sharded")
-    gradient_checkpointing: bool = flag(False, "recompute each block in backward instead of keeping its activations")
+    gradient_checkpointing: bool | int | str = flag(
+        False,
+        "recompute blocks in backward instead of keeping their activations: True (each), a number from 2 (the first "
+        "so many), auto (as few as fit the GPU's memory, by the plan; none on a CPU)",
+    )
     torch_compile: bool = flag(False, "compile each block with torch.compile")
     device: str = flag("auto", "auto, cpu or cuda")
+    rehearse: bool = flag(
+        True, "before the first step: the longest batch that may come, a batch of evaluation, a small save"
+    )
+    plan: bool = flag(False, "print what a GPU's memory has to hold, what it fits and what to change, then stop")
+    plan_gpus: int = flag(0, "GPUs that --plan plans for (0: as many as torchrun starts)")
     kernels: str = flag("auto", "auto (our Triton kernels where they can run, else PyTorch), triton, torch, ...")
 
     # saving, logging, evaluation
@@ -173,6 +182,9 @@ class TrainArguments:
             raise ValueError(f"{values}; they must be above 0, and below 0.5")
         if self.objective == "dpo" and not self.data_path:
             raise ValueError("--objective dpo needs --data_path: JSON records with prompt, chosen and rejected")
+        blocks = self.gradient_checkpointing
+        if blocks != "auto" and not (isinstance(blocks, int) and blocks >= 0):
+            raise ValueError(f"--gradient_checkpointing is {blocks!r}; it must be True, False, auto or a number from 2")
         unknown = set(self.fsdp.split()) - {"full_shard", "shard_grad_op", "hybrid_shard", "offload", "auto_wrap"}
         if unknown:
             raise ValueError(f"--fsdp {self.fsdp!r}: {', '.join(sorted(unknown))} is not supported")
@@ -243,6 +255,7 @@ _NOT_NEGATIVE = (
     "save_total_limit",
     "preview",
     "num_workers",
+    "plan_gpus",
     "seed",
 )
 # Names that other versions of the Hugging Face trainer use for the same thing.
@@ -257,6 +270,13 @@ def _boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r} is not True or False")
 
 
+def _blocks(text: str) -> bool | int | str:
+    """True, False (1 and 0 too, as in every flag that takes these), auto, or a number of blocks."""
+    if text == "auto":
+        return text
+    return int(text) if text.isdecimal() and int(text) > 1 else _boolean(text)
+
+
 def parse(argv: list[str], builtin: dict[str, Any]) -> TrainArguments:
     """Flags of a command line. `builtin` holds the defaults of a run on the built-in sample (no --data_path).
 
@@ -269,7 +289,8 @@ def parse(argv: list[str], builtin: dict[str, Any]) -> TrainArguments:
         names = [f"--{n}" for n in (f.name, *_ALIASES.get(f.name, ()))]
         options: dict[str, Any] = {"default": None, "help": f.metadata["help"].replace("%", "%%"), "dest": f.name}
         if isinstance(f.default, bool):
-            options |= {"type": _boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
+            kind = _blocks if f.name == "gradient_checkpointing" else _boolean
+            options |= {"type": kind, "nargs": "?", "const": True, "metavar": "BOOL"}
         elif "nargs" in f.metadata:
             options |= {"type": float if f.name == "data_weights" else str, "nargs": "+"}
         else:
@@ -281,5 +302,6 @@ def parse(argv: list[str], builtin: dict[str, Any]) -> TrainArguments:
     for name in ("data_path", "data_weights", "lora_target_modules"):
         if name in given:
             given[name] = tuple(given[name])
-    defaults = {} if "data_path" in given else builtin
+    own = "data_path" in given or ("plan" in given and "model_name_or_path" in given)  # a plan needs no data
+    defaults = {} if own else builtin
     return TrainArguments(**{**defaults, **given})

@@ -103,19 +103,20 @@ def prepare(
     bf16: bool,
     reshard_after_forward: bool = True,
     offload: bool = False,
-    recompute: bool = False,
+    recompute: int = 0,
     compiled: bool = False,
     unsharded: set[nn.Parameter] | None = None,
 ) -> None:
     """Make a module ready to train in place: recompute and compile its blocks, then shard blocks and root.
 
-    bf16: blocks compute in bfloat16 over shards of any type, and gradients are reduced in fp32. offload: shards,
-    gradients and optimizer live in the CPU's memory. unsharded: parameters that every rank holds whole, and that stay
-    in their number type; they must be equal on all ranks and not train.
+    recompute: so many blocks keep only their input and are computed again in backward, the first ones: their turn comes
+    when what the others kept is gone already. bf16: blocks compute in bfloat16 over shards of any type, and gradients
+    are reduced in fp32. offload: shards, gradients and optimizer live in the CPU's memory. unsharded: parameters that
+    every rank holds whole, and that stay in their number type; they must be equal on all ranks and not train.
     """
     blocks = list(blocks)
-    for block in blocks:
-        if recompute:
+    for i, block in enumerate(blocks):
+        if i < recompute:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
         if compiled:
             block.compile()
@@ -128,7 +129,10 @@ def prepare(
         return
     options: dict[str, Any] = {"mesh": world.mesh, "ignored_params": unsharded}
     if bf16:
-        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        # Inputs stay what they are: the stream is bf16 from the embedding on, and casting would round rotary tables.
+        options["mp_policy"] = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
     if offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.accelerator.is_available())
     for block in blocks:

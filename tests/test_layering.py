@@ -11,7 +11,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"train", "generate", "convert_weights", "evaluate", "serve"}
-TEXT_NAMES = ("arguments", "chat", "command_line", "config", "files", "lora_config", "schedule", "screen", "tokenizer")
+TEXT_NAMES = (
+    "arguments",
+    "chat",
+    "command_line",
+    "config",
+    "files",
+    "lora_config",
+    "planner",
+    "schedule",
+    "screen",
+    "tokenizer",
+)
 TEXT_HALF = {"llama", *(f"llama.{name}" for name in TEXT_NAMES)}
 SOURCES = [
     *(ROOT / f"{name}.py" for name in sorted(SCRIPTS) if (ROOT / f"{name}.py").exists()),
