@@ -11,7 +11,6 @@ import dataclasses
 import json
 import math
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -27,16 +26,28 @@ from data import loader, synthesize
 from data.metrics import retrieval_ceiling, share_named_right
 from data.prefetch import Ahead
 from data.records import BadRecord, RejectedFile, read_records
-from llama import checkpoint, lora, lora_files, nf4, parallel, planner, preference, rehearsal, training_state
+from llama import (
+    checkpoint,
+    elastic,
+    lora,
+    lora_files,
+    nf4,
+    parallel,
+    planner,
+    preference,
+    rehearsal,
+    training_state,
+)
 from llama.arguments import TrainArguments, parse
 from llama.changes import WeightSample
 from llama.chat import ChatFormat, Dialogue, Message, render
 from llama.command_line import LATEST
 from llama.config import PRESETS, LlamaConfig
+from llama.elastic import Stop
 from llama.generation import Request, answer_batch
 from llama.model import Llama
 from llama.optimizer import SplitAdamW, clipped_step
-from llama.parallel import Stop, World
+from llama.parallel import World
 from llama.runlog import RunLog, draw_loss
 from llama.sampling import SamplingParams
 from llama.schedule import learning_rate
@@ -460,11 +471,15 @@ def run_adapter(run: Run) -> tuple[dict[str, bytes], str | None]:
 
 
 def resume(run: Run) -> tuple[int, int]:
-    """Steps done and tokens seen: those of the checkpoint that --resume_from_checkpoint means, or 0 and 0."""
-    wanted = run.args.resume_from_checkpoint
-    path = (
-        training_state.latest_training_state(run.output_dir) if wanted == "auto" else Path(wanted) if wanted else None
-    )
+    """Steps done and tokens seen: those of the checkpoint that --resume_from_checkpoint means, or 0 and 0.
+
+    When torchrun has started the run again it is the newest in output_dir, whatever the flags say.
+    """
+    wanted, path = run.args.resume_from_checkpoint, None
+    if wanted == "auto" or run.world.restarted:
+        path = training_state.latest_training_state(run.output_dir)
+    if path is None and wanted not in ("", "auto"):
+        path = Path(wanted)
     if path is None:
         return 0, 0
     tensors = state_tensors(run)
@@ -598,7 +613,7 @@ def train(run: Run, stop: Stop, steps: Ahead[loader.Step]) -> bool:
             say(run.world, "the loss is not drawn: pip install matplotlib")
     if stopped:
         say(run.world, f"stopped after step {number}; {saved} holds the run.")
-        say(run.world, "Give the same flags and --resume_from_checkpoint auto to go on.")
+        say(run.world, f"Go on with: {stop.command}")
     return not stopped
 
 
@@ -672,7 +687,8 @@ def answer_all(run: Run, questions: list[tuple[Message, ...]]) -> list[str]:
 def execute(args: TrainArguments, world: World) -> int:
     """The run that the flags describe; its exit status."""
     output_dir = Path(args.output_dir)
-    check_output_dir(args, output_dir)
+    if not world.restarted:
+        check_output_dir(args, output_dir)
     kernels.use(args.kernels, world.device)
     if args.tf32:
         torch.set_float32_matmul_precision("high")
@@ -688,8 +704,9 @@ def execute(args: TrainArguments, world: World) -> int:
         if world.rank == 0:
             print(loader.preview(train_set, args.preview, source.tokenizer, colour=sys.stdout.isatty()))
         return 0
-    if args.overwrite_output_dir and not args.resume_from_checkpoint:
+    if args.overwrite_output_dir and not args.resume_from_checkpoint and not world.restarted:
         training_state.on_first_rank(lambda: training_state.forget(output_dir))
+    training_state.on_first_rank(lambda: elastic.begin(world.store))
     model = build_model(args, source, world)
     optimizer = build_optimizer(args, model)
     fill_weights(args, source, model, optimizer)
@@ -701,9 +718,10 @@ def execute(args: TrainArguments, world: World) -> int:
     if args.lora_r:
         count = sum(p.numel() for _, p in lora.adapters(model))
         say(world, f"LoRA: {count:,} parameters train ({count / source.config.n_params():.2%} of the model's number)")
-    with Stop() as stop, Ahead(lambda number: batches.step(number).pinned(world.device)) as steps:
+    watch = elastic.Watch(world.store, world.rank, world.size, args.timeout)
+    with Stop() as stop, watch, Ahead(lambda number: batches.step(number).pinned(world.device)) as steps:
         if not train(run, stop, steps):
-            return 128 + (stop.signal or signal.SIGTERM)  # a rank that was not told follows the one that was
+            return 0
     save_finished(run)
     if sample is not None and world.mesh is None:
         examine(run, sample)
@@ -720,7 +738,9 @@ def main(argv: list[str] | None = None) -> int:
                 gpus = args.plan_gpus or int(os.environ.get("WORLD_SIZE", 1))
                 print(planner.report(planner.config_of(args), args, gpus))
             return 0
-        world = parallel.init(args.device, sharded=args.sharded, hybrid="hybrid_shard" in args.fsdp)
+        world = parallel.init(
+            args.device, sharded=args.sharded, hybrid="hybrid_shard" in args.fsdp, timeout=args.timeout
+        )
         return execute(args, world)
     except ValueError as e:
         remedy = " (--skip_bad_records sets such records aside and goes on)" if isinstance(e, BadRecord) else ""
@@ -728,6 +748,9 @@ def main(argv: list[str] | None = None) -> int:
             print(f"error: {e}{remedy}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as e:
+        if elastic.lost_peer(e):
+            print(f"error: rank {rank}: another rank is gone, in the middle of an exchange with it", file=sys.stderr)
+            return 1
         if not planner.is_out_of_memory(e):
             raise
         memory = gpu_memory(world)

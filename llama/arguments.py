@@ -132,6 +132,9 @@ class TrainArguments:
     )
     plan: bool = flag(False, "print what a GPU's memory has to hold, what it fits and what to change, then stop")
     plan_gpus: int = flag(0, "GPUs that --plan plans for (0: as many as torchrun starts)")
+    timeout: float = flag(
+        600.0, "seconds a rank may keep the others waiting in the loop before it is named and the run ends (0: none)"
+    )
     kernels: str = flag("auto", "auto (our Triton kernels where they can run, else PyTorch), triton, torch, ...")
 
     # saving, logging, evaluation
@@ -251,6 +254,7 @@ _NOT_NEGATIVE = (
     "weight_decay",
     "adam_epsilon",
     "max_grad_norm",
+    "timeout",
     "warmup_steps",
     "save_total_limit",
     "preview",

@@ -1,4 +1,4 @@
-"""One process or many: ranks, devices, signals, and FSDP2 over a finished module. Knows torch.nn, not Llama.
+"""One process or many: ranks, devices, and FSDP2 over a finished module. Knows torch.nn, not Llama.
 
 train.py calls init() first and shutdown() last. A single process whose weights have the number type that it computes in
 has no process group and no sharding; every other run (torchrun, or bf16 over fp32 weights on one device) goes through
@@ -10,12 +10,10 @@ from __future__ import annotations
 import functools
 import itertools
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -27,25 +25,31 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
+from llama import elastic
+
 
 @dataclass(frozen=True)
 class World:
     """This process among all: rank of size, its device, and the mesh that shards (None: nothing is sharded).
 
-    A mesh of two dimensions shards along its second, the ranks of a node, and holds copies along its first.
+    A mesh of two dimensions shards along its second, the ranks of a node, and holds copies along its first. restarted:
+    torchrun started this run again after it had begun; store: what its ranks share (None: started without torchrun).
     """
 
     rank: int
     size: int
     device: torch.device
     mesh: DeviceMesh | None
+    restarted: bool = False
+    store: dist.Store | None = None
 
 
-def init(device: str = "auto", *, sharded: bool = False, hybrid: bool = False) -> World:
+def init(device: str = "auto", *, sharded: bool = False, hybrid: bool = False, timeout: float = 600) -> World:
     """Join the process group that torchrun describes; alone, make a group of one only if `sharded`.
 
-    hybrid: weights are sharded within a node (LOCAL_WORLD_SIZE ranks) and copied from node to node. ValueError if CUDA
-    is asked for and not there, or the nodes are of different sizes.
+    hybrid: weights are sharded within a node (LOCAL_WORLD_SIZE ranks) and copied from node to node. timeout: seconds
+    that elastic.Watch will wait, less than collectives do. ValueError if CUDA is asked for and not there, or the nodes
+    are of different sizes.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"--device {device!r} is not auto, cpu or cuda")
@@ -56,19 +60,25 @@ def init(device: str = "auto", *, sharded: bool = False, hybrid: bool = False) -
     here = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(here)
+    if launched():
+        elastic.die_with_launcher()
     if not launched() and not sharded:
         return World(0, 1, here, None)
     # gloo beside NCCL: checkpoints and barriers of CPU tensors must not wait for the GPU's stream.
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-    store = None if launched() else dist.HashStore()
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(minutes=30))
+    wait = timedelta(seconds=max(1800.0, 2 * timeout))
+    shared = elastic.store_of_run(rank, size) if launched() else None
+    store = dist.HashStore() if shared is None else elastic.of_attempt(shared)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
+    restarted = shared is not None and elastic.has_begun(shared)
     if not hybrid:
-        return World(rank, size, here, init_device_mesh(kind, (size,)))
+        return World(rank, size, here, init_device_mesh(kind, (size,)), restarted, shared)
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     if size % per_node:
         raise ValueError(f"--fsdp hybrid_shard: {size} ranks are no whole number of nodes of {per_node}")
     names = ("replicate", "shard")
-    return World(rank, size, here, init_device_mesh(kind, (size // per_node, per_node), mesh_dim_names=names))
+    mesh = init_device_mesh(kind, (size // per_node, per_node), mesh_dim_names=names)
+    return World(rank, size, here, mesh, restarted, shared)
 
 
 def shutdown() -> None:
@@ -216,22 +226,3 @@ def first_alone(world: World, action: Callable[[], Result]) -> Result:
     if failed:
         raise SystemExit(2)  # rank 0 says why
     return result if result is not None else action()
-
-
-class Stop:
-    """Notes SIGINT and SIGTERM, so that the loop can save before it ends; a second one ends the process at once."""
-
-    def __init__(self) -> None:
-        self.signal = 0
-
-    def __enter__(self) -> Stop:
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)

@@ -83,14 +83,16 @@ def losses(out: Path) -> list[tuple[int, float, float]]:
     return [(m["step"], m["loss"], m["grad_norm"]) for m in read_metrics(out / "metrics.jsonl") if "loss" in m]
 
 
-def launch(flags: list[str], cwd: Path, ranks: int = 0) -> subprocess.Popen[str]:
-    """train.py in a process of its own, or torchrun of it on so many ranks."""
+def launch(
+    flags: list[str], cwd: Path, ranks: int = 0, *torchrun: str, script: str = "train.py"
+) -> subprocess.Popen[str]:
+    """A script in a process of its own, or torchrun of it on so many ranks."""
     run = [sys.executable]
     if ranks:
-        run += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        run += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *torchrun]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHELASTIC_ERROR_FILE": str(cwd / "error.json")}
     return subprocess.Popen(
-        [*run, str(ROOT / "train.py"), *flags], cwd=cwd, env=environment, stderr=subprocess.PIPE, text=True
+        [*run, str(ROOT / script), *flags], cwd=cwd, env=environment, stderr=subprocess.PIPE, text=True
     )
 
 
@@ -375,22 +377,149 @@ def test_kill_in_the_middle_of_a_save_loses_only_that_save(flags: list[str], tmp
     assert losses(out) == losses(tmp_path / "alone")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_save_and_say_how_to_go_on(flags: list[str], tmp_path: Path, number: signal.Signals) -> None:
-    flags = [*flags, "--max_steps", "5000", "--lr_scheduler_type", "constant"]
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_signals_save_and_print_the_command_that_goes_on(
+    flags: list[str], tmp_path: Path, number: signal.Signals
+) -> None:
+    """Pasted into a shell as it is, the printed line ends the run with the losses of one that was left alone."""
+    flags = [*flags, "--max_steps", "300", "--overwrite_output_dir", "True"]
+    code, err = finish(launch([*flags, "--output_dir", "alone"], tmp_path))
+    assert code == 0, err
     process = launch(flags, tmp_path)
     metrics = tmp_path / "out/metrics.jsonl"
     wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3, process)
     process.send_signal(number)
     code, err = finish(process)
-    assert code == 128 + number
-    assert "--resume_from_checkpoint auto" in err
+    assert code == 0, err
     assert "Traceback" not in err
     done = len(losses(tmp_path / "out"))
-    assert (tmp_path / f"out/checkpoint-{done}").is_dir()
-    assert train.main([*flags, "--max_steps", str(done + 2), "--resume_from_checkpoint", "auto"]) == 0
-    assert train.main([*flags, "--max_steps", str(done + 2), "--output_dir", "alone"]) == 0
-    assert losses(Path("out")) == losses(Path("alone"))
+    assert 3 <= done < 300
+    assert f"stopped after step {done}; out/checkpoint-{done} holds the run" in err
+    command = re.search(r"^Go on with: (.*)$", err, re.M)[1]  # type: ignore[index]
+    assert command.endswith(" --resume_from_checkpoint auto")
+    assert "overwrite" not in command
+    assert (subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, timeout=120)).returncode == 0
+    assert losses(tmp_path / "out") == losses(tmp_path / "alone")
+
+
+# --- under torchrun -------------------------------------------------------------------------------
+
+
+def children(process: subprocess.Popen[str]) -> list[int]:
+    return [int(c) for c in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def running(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_killed_rank_is_restarted_and_the_run_goes_on_bit_for_bit(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    """No flag asks for it. Killed before the first checkpoint it starts over, after that it goes on from the newest."""
+    flags = [*flags, "--max_steps", "24", "--save_strategy", "steps", "--save_steps", "8"]
+    code, err = finish(launch([*flags, "--output_dir", "alone"], tmp_path, 2))
+    assert code == 0, err
+    if overwrite:  # what an earlier run left must not be taken for this one's
+        flags += ["--overwrite_output_dir", "True"]
+        assert train.main([*flags, "--max_steps", "20", "--save_steps", "20", "--output_dir", "out"]) == 0
+    monkeypatch.setenv("FAULTS", "kill:5:1:0 kill:19:0:1")
+    code, err = finish(launch(flags, tmp_path, 2, "--max-restarts=2", script="tests/faults.py"))
+    assert code == 0, err
+    assert re.findall(r"resuming after step (\d+)", err) == ["16"]
+    assert "another rank is gone" in err
+    assert losses(tmp_path / "out") == losses(tmp_path / "alone")
+    a, b = checkpoint.load_model(tmp_path / "out"), checkpoint.load_model(tmp_path / "alone")
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_a_rank_that_hangs_is_named_and_restarted(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = [*flags, "--max_steps", "12", "--save_strategy", "steps", "--save_steps", "4", "--timeout", "4"]
+    monkeypatch.setenv("FAULTS", "sleep:6:1:0")
+    begin = time.monotonic()
+    code, err = finish(launch(flags, tmp_path, 2, "--max-restarts=1", script="tests/faults.py"))
+    assert code == 0, err
+    assert time.monotonic() - begin < 60
+    assert re.search(r"error: rank 1 \(\S+, process \d+\) did not arrive: it is in tests/faults.py:\d+ \(fail\)", err)
+    assert err.count("did not arrive") == 1
+    assert "resuming after step 4 " in err
+    assert len(losses(tmp_path / "out")) == 12
+
+
+def test_a_rank_that_is_frozen_is_named(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAULTS", "freeze:6:0:0")
+    process = launch([*flags, "--timeout", "3"], tmp_path, 2, script="tests/faults.py")
+    wait_for(lambda: len(children(process)) == 2, process)
+    frozen, _ = children(process)
+    lines = []
+    for line in process.stderr:  # type: ignore[union-attr]
+        lines.append(line)
+        if line.startswith("error: ") or "error: rank" in line:
+            break
+    os.kill(frozen, signal.SIGKILL)  # torchrun would wait 30 s before it does
+    code, _ = finish(process)
+    assert code != 0
+    assert re.search(rf"error: rank 0 \(\S+, process {frozen}\) does not answer any more; it was last in", lines[-1])
+
+
+def test_signal_to_torchrun_saves_once_on_all_ranks(flags: list[str], tmp_path: Path) -> None:
+    """SIGTERM to the launcher, and to every process of the job as systemd and SLURM do; then its command goes on."""
+    flags = [*flags, "--max_steps", "300"]
+    process = launch(flags, tmp_path, 2)
+    metrics = tmp_path / "out/metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3, process)
+    for pid in (*children(process), process.pid):
+        os.kill(pid, signal.SIGTERM)
+    code, err = finish(process)
+    assert code == 1  # torchrun's own way to say that it was signalled
+    done = len(losses(tmp_path / "out"))
+    assert f"out/checkpoint-{done} holds the run" in err
+    command = re.search(r"^Go on with: (.*)$", err, re.M)[1]  # type: ignore[index]
+    assert "-m torch.distributed.run --standalone --nproc_per_node=2" in command
+    words = [*shlex.split(command), "--max_steps", str(done + 2)]
+    again = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0, again.stderr
+    assert f"resuming after step {done} " in again.stderr
+
+
+def test_no_rank_outlives_a_killed_torchrun(flags: list[str], tmp_path: Path) -> None:
+    process = launch([*flags, "--max_steps", "5000"], tmp_path, 2)
+    metrics = tmp_path / "out/metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3, process)
+    ranks = children(process)
+    process.kill()
+    end = time.monotonic() + 10
+    while any(map(running, ranks)):
+        assert time.monotonic() < end, "a rank trains on"
+        time.sleep(0.05)
+    finish(process)
+    done = len(losses(tmp_path / "out"))
+    assert (tmp_path / f"out/checkpoint-{done}/manifest.json").exists()
+
+
+def test_a_second_signal_ends_a_rank_that_waits_for_another(flags: list[str], tmp_path: Path) -> None:
+    """In a collective no Python handler runs; torchrun would wait 30 s and then kill."""
+    process = launch([*flags, "--max_steps", "5000"], tmp_path, 2)
+    metrics = tmp_path / "out/metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3, process)
+    waiting, frozen = children(process)
+    os.kill(frozen, signal.SIGSTOP)
+    time.sleep(0.5)
+    os.kill(waiting, signal.SIGTERM)
+    time.sleep(1.2)
+    assert running(waiting)
+    os.kill(waiting, signal.SIGTERM)
+    end = time.monotonic() + 5
+    while running(waiting):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    os.kill(frozen, signal.SIGKILL)
+    code, _ = finish(process)
+    assert code != 0
 
 
 def test_resume_refuses_another_order(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
