@@ -52,6 +52,7 @@ from llama.runlog import RunLog, draw_loss
 from llama.sampling import SamplingParams
 from llama.schedule import learning_rate
 from llama.tokenizer import Tokenizer, train_tokenizer
+from llama.training_state import Saved, Saver
 
 TOKEN_CACHE = ".cache/tokens"
 
@@ -441,12 +442,11 @@ def state_tensors(run: Run) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def save_state(run: Run, step: int, tokens: int) -> Path:
+def save_state(run: Run, saver: Saver, step: int, tokens: int) -> Path:
     """checkpoint-<step>/: everything that the next step depends on, and the files that make it a model directory."""
     source = run.source
     adapter, base = run_adapter(run)
-    return training_state.save_training_state(
-        run.output_dir,
+    return saver.save(
         step,
         state_tensors(run),
         {
@@ -458,7 +458,6 @@ def save_state(run: Run, step: int, tokens: int) -> Path:
             "base": base,
         },
         checkpoint.model_files(source.config, source.tokenizer, source.chat_format, source.generation) | adapter,
-        run.args.save_total_limit or None,
     )
 
 
@@ -578,6 +577,12 @@ def train(run: Run, stop: Stop, steps: Ahead[loader.Step]) -> bool:
     log = RunLog(run.output_dir, done, args.report_to, settings) if run.world.rank == 0 else None
     interval = 0.2 if sys.stderr.isatty() else 20.0  # a log file is not redrawn
     bar = tqdm(total=total, initial=done, unit="step", disable=run.world.rank != 0, mininterval=interval)
+
+    def saved(s: Saved) -> None:
+        if log is not None:
+            log.write({"step": s.step, "save_seconds": s.stalled, "save_write_seconds": s.seconds})
+
+    saver = Saver(run.output_dir, args.save_total_limit or None, background=args.async_save, done=saved)
     run.model.train()
     sample, stopped = WeightSample(run.optimizer, args.bf16), False
     steps.begin(range(done, total))
@@ -588,7 +593,11 @@ def train(run: Run, stop: Stop, steps: Ahead[loader.Step]) -> bool:
         if args.lora_r:
             lora.seed_dropout(args.seed, number, run.world.rank)
         before = sample.take() if number % args.logging_steps == 0 else None
-        result = train_step(run, step, rate, stop.signal != 0)
+        try:
+            result = train_step(run, step, rate, stop.signal != 0)
+        except NonFinite:
+            saver.wait()  # it is from before
+            raise
         changed = sample.changed(before) if before is not None else {}
         seconds = time.perf_counter() - begin
         tokens += step.tokens
@@ -600,19 +609,21 @@ def train(run: Run, stop: Stop, steps: Ahead[loader.Step]) -> bool:
         bar.set_postfix_str(f"loss {result.loss:.3f}, {step.tokens / seconds:,.0f} tok/s", refresh=False)
         bar.update()
         stopped = result.stop and number < total
+        saver.poll()
         if stopped or due(args.save_strategy, args.save_steps, run, number):
-            saved = save_state(run, number, tokens)
+            path = save_state(run, saver, number, tokens)
         if stopped:
             break
         if number == total or due(args.evaluation_strategy, args.eval_steps, run, number):
             report_held_out(run, number, log)
+    saver.wait()
     bar.close()
     if log is not None:
         log.close()
         if not draw_loss(log.path, run.output_dir / "loss.png"):
             say(run.world, "the loss is not drawn: pip install matplotlib")
     if stopped:
-        say(run.world, f"stopped after step {number}; {saved} holds the run.")
+        say(run.world, f"stopped after step {number}; {path} holds the run.")
         say(run.world, f"Go on with: {stop.command}")
     return not stopped
 

@@ -140,6 +140,7 @@ class TrainArguments:
     # saving, logging, evaluation
     save_strategy: str = flag("steps", "when to save a checkpoint", choices=STRATEGIES)
     save_steps: int = flag(500, "steps between checkpoints")
+    async_save: bool = flag(True, "write checkpoints while training goes on, from a copy in the CPU's memory")
     save_total_limit: int = flag(0, "keep this many newest checkpoints (0: all)")
     save_dtype: str = flag(
         "auto",

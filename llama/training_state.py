@@ -15,8 +15,11 @@ import os
 import pickle
 import re
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,6 +36,7 @@ from llama.config import LlamaConfig
 from llama.files import (
     MANIFEST,
     Staged,
+    clean,
     crc32_of,
     full_disk,
     is_plain,
@@ -98,6 +102,89 @@ def verify_together(path: Path) -> None:
 # --- writing --------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that counts: where, and what it cost. stalled: seconds that the caller waited; seconds: from save()
+    until it counted."""
+
+    step: int
+    path: Path
+    stalled: float
+    seconds: float
+
+
+class Saver:
+    """Writes the checkpoints of one run, one at a time and in order. All ranks call every method, at step borders.
+
+    In the background, save() returns once the tensors are copied to the CPU's memory: a thread writes the copies over
+    a gloo group of its own (on the default group its collectives met those of training in another order on another
+    rank, and deadlocked 2 of 2 times). The checkpoint counts when poll() finds it written on all ranks, or wait() has
+    waited for that; save() waits for the one before. An error of the thread is raised there, on all ranks. When the
+    copies would not fit into the free memory of a node, save() writes before it returns. done is told of each.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        total_limit: int | None = None,
+        *,
+        background: bool = False,
+        done: Callable[[Saved], object] = lambda saved: None,
+    ) -> None:
+        self._output_dir, self._total_limit, self._done = Path(output_dir), total_limit, done
+        self._background = background
+        self._group = dist.new_group(backend="gloo") if background and _ranks()[1] > 1 else None
+        self._pending: _Save | None = None
+
+    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], files: dict[str, bytes]) -> Path:
+        """Begin `<output_dir>/checkpoint-<step>/`; what it will hold is what is given now, whatever changes later.
+
+        tensors: this rank's; a plain tensor of a name that several ranks have is written once, so generator states
+        carry their rank in the name. state: JSON values. files: further small files (checkpoint.model_files). On one
+        shared file system. An error on any rank is raised on all, and leaves the earlier checkpoints as they were.
+        """
+        assert all(isinstance(t, Tensor) for t in tensors.values()), "only tensors: anything else would be pickled"
+        begin = time.perf_counter()
+        self.wait()
+        pending = _Save(self._output_dir / f"checkpoint-{step}", step, tensors, state, files)
+        background = self._background and _fits(tensors)
+        if background:
+            pending.copy_tensors()
+            pending.start(self._group)
+            self._pending = pending
+        else:
+            pending.write(None)
+        pending.begun, pending.stalled = begin, time.perf_counter() - begin
+        if not background:
+            self._commit(pending)
+        return pending.target
+
+    def poll(self) -> None:
+        """Commit what the thread has written, if it has on all ranks."""
+        if self._pending is None:
+            return
+        begin = time.perf_counter()
+        writing = torch.tensor(float(not self._pending.written()))
+        if _ranks()[1] > 1:
+            dist.all_reduce(writing)
+        self._pending.stalled += time.perf_counter() - begin
+        if not writing:
+            self.wait()
+
+    def wait(self) -> None:
+        """Commit what is under way, however long the writing takes."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self._commit(pending)
+
+    def _commit(self, pending: _Save) -> None:
+        begin = time.perf_counter()
+        pending.commit()
+        on_first_rank(lambda: prune(self._output_dir, pending.step, self._total_limit))
+        end = time.perf_counter()
+        self._done(Saved(pending.step, pending.target, pending.stalled + end - begin, end - pending.begun))
+
+
 def save_training_state(
     output_dir: str | Path,
     step: int,
@@ -106,43 +193,87 @@ def save_training_state(
     files: dict[str, bytes],
     total_limit: int | None = None,
 ) -> Path:
-    """Write `<output_dir>/checkpoint-<step>/`, whole or not at all, then remove older ones beyond total_limit.
+    """Write `<output_dir>/checkpoint-<step>/` (see Saver.save), whole or not at all, then prune beyond total_limit."""
+    return Saver(output_dir, total_limit).save(step, tensors, state, files)
 
-    tensors: this rank's; a plain tensor of a name that several ranks have is written once, so generator states carry
-    their rank in the name. state: JSON values. files: further small files (checkpoint.model_files). All ranks call
-    it, on one shared file system; an error on any is raised on all, and leaves the earlier checkpoints as they were.
-    """
-    assert all(isinstance(t, Tensor) for t in tensors.values()), "only tensors: anything else would be pickled"
-    target = Path(output_dir) / f"checkpoint-{step}"
-    document = (json.dumps(state, indent=1, allow_nan=False) + "\n").encode()
-    small = {**files, STATE: document}
-    needed = _bytes(tensors) + sum(map(len, small.values())) + (1 << 20)
-    staged: Staged | None = None
 
-    def begin() -> str:
-        nonlocal staged
-        staged = stage(target, needed)
-        return str(staged.directory)
+class _Save:
+    """One checkpoint on its way: staged when made, then written, in a thread or not, then committed or removed."""
 
-    def end(*, remove: bool) -> None:
-        if staged is not None:
-            staged.close(remove=remove)
+    def __init__(
+        self, target: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], files: dict[str, bytes]
+    ) -> None:
+        self.target, self.step, self.tensors = target, step, {k: t.detach() for k, t in tensors.items()}
+        document = (json.dumps(state, indent=1, allow_nan=False) + "\n").encode()
+        self.small = {**files, STATE: document}
+        self.begun = self.stalled = 0.0
+        self.thread: threading.Thread | None = None
+        self._staged: Staged | None = None
+        self._outcome: dict[str, str] | Exception | None = None
+        needed = _bytes(tensors) + sum(map(len, self.small.values())) + (1 << 20)
+        self._directory = Path(on_first_rank(lambda: self._stage(needed)))
 
-    directory = Path(on_first_rank(begin))
-    try:
-        crcs: dict[str, str] = {}
-        for part in together(lambda: _write_shards(directory, tensors, target)):
-            crcs |= part
-        on_first_rank(lambda: _finish(staged, small, crcs, target))
-    except ValueError:  # on all ranks: none goes on before the half-written files are gone
-        on_first_rank(lambda: end(remove=True))
-        raise
-    except BaseException:  # on this rank alone
-        end(remove=True)
-        raise
-    end(remove=False)
-    on_first_rank(lambda: prune(target.parent, step, total_limit))
-    return target
+    def _stage(self, needed: int) -> str:
+        if self.target.parent.is_dir():
+            clean(self.target.parent, ".checkpoint-")  # of other steps too: a killed run may never save that one again
+        self._staged = stage(self.target, needed)
+        return str(self._staged.directory)
+
+    def copy_tensors(self) -> None:
+        self.tensors = {k: t.clone() if t.device.type == "cpu" else t.to("cpu") for k, t in self.tensors.items()}
+
+    def start(self, group: dist.ProcessGroup | None) -> None:
+        self.thread = threading.Thread(target=self.write, args=(group,), daemon=True)
+        self.thread.start()
+
+    def write(self, group: dist.ProcessGroup | None) -> None:
+        """Write this rank's shards; what went wrong comes out in commit()."""
+        try:
+            self._outcome = _write_shards(self._directory, self.tensors, self.target, group)
+        except Exception as e:
+            self._outcome = e
+        except BaseException:
+            self._close(remove=True)
+            raise
+        self.tensors = {}
+
+    def written(self) -> bool:
+        return self.thread is None or not self.thread.is_alive()
+
+    def commit(self) -> None:
+        """Put it in its place, on all ranks together; or remove what there is of it and raise what went wrong."""
+        if self.thread is not None:
+            self.thread.join()
+        try:
+            crcs: dict[str, str] = {}
+            for part in together(self._written):
+                crcs |= part
+            on_first_rank(lambda: _finish(self._staged, self.small, crcs, self.target))
+        except ValueError:  # on all ranks: none goes on before the half-written files are gone
+            on_first_rank(lambda: self._close(remove=True))
+            raise
+        except BaseException:  # on this rank alone
+            self._close(remove=True)
+            raise
+        self._close(remove=False)
+
+    def _written(self) -> dict[str, str]:
+        if isinstance(self._outcome, Exception):
+            raise self._outcome
+        assert self._outcome is not None
+        return self._outcome
+
+    def _close(self, *, remove: bool) -> None:
+        if self._staged is not None:
+            self._staged.close(remove=remove)
+
+
+def _fits(tensors: dict[str, Tensor]) -> bool:
+    """Whether every node has free memory for copies of what its ranks hold, and a tenth of it to spare."""
+    held = sum((t.to_local() if hasattr(t, "to_local") else t).nbytes for t in tensors.values())
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    return all(together(lambda: held * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) < 0.9 * free))
 
 
 def _bytes(tensors: dict[str, Tensor]) -> int:
@@ -157,14 +288,16 @@ def _bytes(tensors: dict[str, Tensor]) -> int:
     return total + sum(once.values())
 
 
-def _write_shards(directory: Path, tensors: dict[str, Tensor], target: Path) -> dict[str, str]:
-    """Write this rank's shards; their checksums."""
+def _write_shards(
+    directory: Path, tensors: dict[str, Tensor], target: Path, group: dist.ProcessGroup | None = None
+) -> dict[str, str]:
+    """Write this rank's shards, all ranks of the group together; their checksums."""
     rank, size = _ranks()
     writer = dcp.FileSystemWriter(directory, single_file_per_rank=True, sync_files=True)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it says that it saves in one process
-            dcp.save({k: t.detach() for k, t in tensors.items()}, storage_writer=writer, no_dist=size == 1)
+            dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=size == 1)
         return {p.name: crc32_of(p) for p in directory.glob(f"__{rank}_*")}
     except (CheckpointException, OSError, RuntimeError) as e:
         raise ValueError(_why_not_saved(e, target)) from None

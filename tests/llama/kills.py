@@ -6,6 +6,7 @@ with SIGKILL at a random moment. What is left must be one whole generation: the 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -24,13 +25,19 @@ from llama.chat import ChatFormat
 from llama.checkpoint import load_model, model_files, save_model
 from llama.config import LlamaConfig
 from llama.layout import entries
-from llama.training_state import latest_training_state, load_training_state, save_training_state
+from llama.training_state import Saver, latest_training_state, load_training_state
 
 CONFIG = LlamaConfig(128, 4, 4, 4, 512, 512)  # 4.7 MB: writing takes most of a save
 
 
 def weights(g: int) -> dict[str, Tensor]:
     return {e.name: torch.full(e.shape, float(g)) for e in entries(CONFIG)}
+
+
+def save_models(path: Path, report: Callable[[int], object]) -> None:
+    for g in itertools.count(1):
+        save_a_model(path, g)
+        report(g)
 
 
 def save_a_model(path: Path, g: int) -> None:
@@ -41,9 +48,24 @@ def values_of_model(path: Path) -> list[float]:
     return sorted({v for p in load_model(path).parameters() for v in p.unique().tolist()})
 
 
-def save_a_state(path: Path, g: int) -> None:
+def save_states(path: Path, report: Callable[[int], object], background: bool = False) -> None:
+    """In the background the tensors change at once, and a step border comes every millisecond."""
+    saver = Saver(path, 1, background=background, done=lambda saved: report(saved.step))
     files = model_files(CONFIG, None, ChatFormat())
-    save_training_state(path, g, {f"model.{k}": v for k, v in weights(g).items()}, {"step": g}, files, 1)
+    tensors = {f"model.{k}": v for k, v in weights(0).items()}
+    for g in itertools.count(1):
+        for t in tensors.values():
+            t.fill_(g)
+        saver.save(g, tensors, {"step": g}, files)
+        for t in tensors.values():
+            t.fill_(-1)
+        for _ in range(g % 7):
+            time.sleep(0.001)
+            saver.poll()
+
+
+def save_in_background(path: Path, report: Callable[[int], object]) -> None:
+    save_states(path, report, background=True)
 
 
 def values_of_state(path: Path) -> list[float]:
@@ -54,16 +76,13 @@ def values_of_state(path: Path) -> list[float]:
     return sorted({float(state["step"])} | {v for p in tensors.values() for v in p.unique().tolist()})
 
 
-def killed(path: Path, save: Callable[[Path, int], None], delay: float) -> int:
+def killed(path: Path, save: Callable[[Path, Callable[[int], object]], None], delay: float) -> int:
     """The last generation that a child reported before it was killed, `delay` seconds after its second."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
-        g = 0
-        while True:
-            g += 1
-            save(path, g)
-            os.write(write, g.to_bytes(4, "little"))
+        save(path, lambda g: os.write(write, g.to_bytes(4, "little")))
+        os._exit(1)
     os.close(write)
     with open(read, "rb", buffering=0) as f:
         last = [f.read(4), f.read(4)][-1]
@@ -78,12 +97,16 @@ def killed(path: Path, save: Callable[[Path, int], None], delay: float) -> int:
 def main() -> None:
     root, trials, rng = Path(sys.argv[1]), int(sys.argv[2]), random.Random(0)
     torch.set_num_threads(1)
-    kinds = (("model", save_a_model, values_of_model), ("training state", save_a_state, values_of_state))
+    kinds = (
+        ("model", save_models, values_of_model),
+        ("training state", save_states, values_of_state),
+        ("training state, in the background", save_in_background, values_of_state),
+    )
     found = {}
     for kind, save, values in kinds:
         whole = 0
         for trial in range(trials):
-            path = root / kind / str(trial)
+            path = root / kind.replace(" ", "-") / str(trial)
             last = killed(path, save, rng.uniform(0, 0.2))
             left = values(path)
             if len(left) == 1 and left[0] in (last, last + 1):

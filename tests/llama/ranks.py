@@ -8,14 +8,18 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -25,6 +29,7 @@ from llama.checkpoint import load_weights, model_files
 from llama.config import LlamaConfig
 from llama.model import Llama
 from llama.training_state import (
+    Saver,
     latest_training_state,
     load_training_state,
     save_sharded_model,
@@ -138,6 +143,7 @@ def scenario(rank: int, root: Path) -> dict[str, object]:
     os.environ["LOCAL_RANK"] = str(rank)
     found["shared out"] = error_of(lambda: load_training_state(root / "torn/checkpoint-1", tensors_of(model, rank)))
 
+    found |= in_the_background(model, rank, root / "background", files)
     disk = root / "disk"
     if disk.is_dir():
         big = {f"model.{rank}.{i}": torch.ones(1 << 20) for i in range(4)}  # 16 MiB a rank; the disk has 24
@@ -145,8 +151,51 @@ def scenario(rank: int, root: Path) -> dict[str, object]:
         found["no space"] = error_of(lambda: save_training_state(disk, 2, big, {}, files))
         training_state.stage = lambda target, needed: stage(target)  # as when the disk fills up during the save
         found["full"] = error_of(lambda: save_training_state(disk, 2, big, {}, files))
+        saver = Saver(disk, background=True)
+        saver.save(2, big, {}, files)
+        found["full in the background"] = error_of(saver.wait)
         found["left"] = sorted(p.name for p in disk.iterdir())
         found["still whole"] = load_training_state(disk / "checkpoint-1", tensors_of(model, rank))
+    return found
+
+
+def in_the_background(model: Llama, rank: int, path: Path, files: dict[str, bytes]) -> dict[str, object]:
+    """Saves while both ranks exchange values on the default group, as training does."""
+    found: dict[str, object] = {}
+    write, saved = dcp.FileSystemWriter.write_data, []
+
+    def slowly(*args: Any, **options: Any) -> Any:
+        time.sleep(0.3 + 0.2 * rank)
+        return write(*args, **options)
+
+    def fails_on_one(*args: Any, **options: Any) -> Any:
+        if rank == 1:
+            raise OSError(5, "Input/output error")
+        return write(*args, **options)
+
+    saver = Saver(path, background=True, done=saved.append)
+    tensors = tensors_of(model, rank)
+    before = {k: t.clone() for k, t in tensors.items()}
+    dcp.FileSystemWriter.write_data = slowly
+    saver.save(8, tensors, {"step": 8}, files)
+    exchanges = 0
+    while not saved:
+        for t in tensors.values():
+            t.copy_(t + 1)
+        dist.all_reduce(torch.ones(1000))
+        exchanges += 1
+        saver.poll()
+    found["while training"] = exchanges
+    load_training_state(path / "checkpoint-8", tensors)
+    found["values of the call"] = all(
+        torch.equal(t.to_local() if isinstance(t, DTensor) else t, b.to_local() if isinstance(b, DTensor) else b)
+        for t, b in zip(tensors.values(), before.values(), strict=True)
+    )
+    dcp.FileSystemWriter.write_data = fails_on_one
+    saver.save(9, tensors, {}, files)
+    found["one rank fails"] = error_of(saver.wait)
+    dcp.FileSystemWriter.write_data = write
+    found["left of the background"] = sorted(p.name for p in path.iterdir())
     return found
 
 

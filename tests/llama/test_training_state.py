@@ -6,8 +6,12 @@ import json
 import os
 import pickle
 import random
+import re
+import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +29,8 @@ from llama.config import LlamaConfig
 from llama.files import MANIFEST, write_manifest
 from llama.model import Llama
 from llama.training_state import (
+    Saved,
+    Saver,
     latest_training_state,
     load_training_state,
     save_training_state,
@@ -53,6 +59,11 @@ def tensors_of(model: Llama, scale: float = 2.0) -> dict[str, Tensor]:
 def save(output_dir: Path, step: int, limit: int | None = None, seed: int = 0) -> Path:
     small = model_files(CONFIG, None, ChatFormat("plain"))
     return save_training_state(output_dir, step, tensors_of(made(seed)), {"step": step}, small, limit)
+
+
+def saved(saver: Saver, step: int, small: dict[str, bytes]) -> None:
+    saver.save(step, tensors_of(made()), {"step": step}, small)
+    saver.wait()
 
 
 def steps(output_dir: Path) -> list[str]:
@@ -210,6 +221,130 @@ def test_a_full_disk_says_so_and_leaves_the_earlier_checkpoint(
     assert latest_training_state(small_disk) == small_disk / "checkpoint-10"
 
 
+@pytest.mark.parametrize("background", [False, True])
+def test_a_disk_that_fills_up_at_any_point_leaves_the_earlier_checkpoint(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch, background: bool
+) -> None:
+    """Ballast leaves room for so much of the save; the free space that was checked first is gone meanwhile."""
+    save(small_disk, 10)
+    size = sum(p.stat().st_size for p in (small_disk / "checkpoint-10").iterdir())
+    monkeypatch.setattr(files, "need_space", lambda *_: None)
+    saver = Saver(small_disk, 1, background=background)
+    small = model_files(CONFIG, None, ChatFormat("plain"))
+    for point in range(5):
+        room = size * point // 5 // 4096 * 4096
+        with open(small_disk / "ballast", "wb") as f:
+            os.posix_fallocate(f.fileno(), 0, shutil.disk_usage(small_disk).free - room)
+        with pytest.raises(ValueError, match=r"checkpoint-20: .*disk is full|cannot be written .No space left"):
+            saved(saver, 20, small)
+        (small_disk / "ballast").unlink()
+        assert steps(small_disk) == ["checkpoint-10"], point
+    assert load_training_state(small_disk / "checkpoint-10", tensors_of(made())) == {"step": 10}
+    saved(saver, 20, small)  # room again: it goes on
+    assert steps(small_disk) == ["checkpoint-20"]
+
+
+# --- in the background ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Shards are written only once it is set."""
+    opened, write = threading.Event(), dcp.FileSystemWriter.write_data
+
+    def waits(*args: Any, **options: Any) -> Any:
+        assert opened.wait(60)
+        return write(*args, **options)
+
+    monkeypatch.setattr(dcp.FileSystemWriter, "write_data", waits)
+    return opened
+
+
+def begun(saver: Saver, step: int, seed: int = 0) -> dict[str, Tensor]:
+    tensors = tensors_of(made(seed))
+    saver.save(step, tensors, {"step": step}, model_files(CONFIG, None, ChatFormat("plain")))
+    return tensors
+
+
+def test_a_background_save_holds_the_values_of_the_call(tmp_path: Path, gate: threading.Event) -> None:
+    told: list[Saved] = []
+    saver = Saver(tmp_path, background=True, done=told.append)
+    tensors = begun(saver, 10)
+    for t in tensors.values():  # training goes on while the shards are written
+        t.add_(1)
+    saver.poll()
+    assert told == []
+    assert latest_training_state(tmp_path) is None
+    time.sleep(0.3)
+    gate.set()
+    while not told:
+        saver.poll()
+    into = {k: torch.zeros_like(v) for k, v in tensors.items()}
+    assert load_training_state(tmp_path / "checkpoint-10", into) == {"step": 10}
+    assert all(torch.equal(into[k], v) for k, v in tensors_of(made()).items())
+    assert (told[0].step, told[0].path) == (10, tmp_path / "checkpoint-10")
+    assert 0 < told[0].stalled < told[0].seconds - 0.25
+    saver.poll()
+    saver.wait()
+    assert len(told) == 1
+
+
+def test_background_saves_come_one_after_the_other(tmp_path: Path, gate: threading.Event) -> None:
+    told: list[Saved] = []
+    saver = Saver(tmp_path, 1, background=True, done=told.append)
+    begun(saver, 10)
+    assert steps(tmp_path)[0].startswith(".checkpoint-10.staged-")
+    threading.Timer(0.3, gate.set).start()
+    begun(saver, 20)  # waits for the first, which counts before the second begins
+    assert [s.step for s in told] == [10]
+    assert told[0].stalled > 0.2
+    saver.wait()
+    assert [s.step for s in told] == [10, 20]
+    assert steps(tmp_path) == ["checkpoint-20"]
+
+
+@pytest.mark.parametrize("how", ["poll", "wait", "save"])
+def test_an_error_in_the_background_comes_out_and_prunes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    save(tmp_path, 10, limit=1)
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(dcp.FileSystemWriter, "write_data", fails)
+    saver = Saver(tmp_path, 1, background=True)
+    begun(saver, 20)
+
+    def until_it_fails() -> None:
+        while True:
+            begun(saver, 30) if how == "save" else getattr(saver, how)()
+
+    with pytest.raises(ValueError, match=r"checkpoint-20: the disk is full; the earlier checkpoints are unchanged"):
+        until_it_fails()
+    assert steps(tmp_path) == ["checkpoint-10"]
+    monkeypatch.undo()
+    begun(saver, 30)
+    saver.wait()
+    assert steps(tmp_path) == ["checkpoint-30"]
+
+
+def test_copies_that_do_not_fit_are_not_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gate: threading.Event
+) -> None:
+    read = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda p: "MemAvailable: 100 kB\n" if str(p) == "/proc/meminfo" else read(p))
+    gate.set()
+    begun(Saver(tmp_path, background=True), 10)
+    assert steps(tmp_path) == ["checkpoint-10"]
+
+
+def test_what_a_killed_run_left_of_another_step_is_removed(tmp_path: Path) -> None:
+    (tmp_path / ".checkpoint-7.staged-00000000").mkdir()
+    save(tmp_path, 10)
+    assert steps(tmp_path) == ["checkpoint-10"]
+
+
 # --- hostile and damaged directories --------------------------------------------------------------
 
 
@@ -323,7 +458,8 @@ def test_sigkill_at_random_moments_leaves_a_whole_generation(tmp_path: Path) -> 
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["model"] == found["training state"] == {"trials": 10, "whole": 10}
+    whole = {"trials": 10, "whole": 10}
+    assert found == {"model": whole, "training state": whole, "training state, in the background": whole}
 
 
 # --- two ranks ------------------------------------------------------------------------------------
@@ -365,9 +501,14 @@ def test_two_ranks(tmp_path: Path, request: pytest.FixtureRequest) -> None:
         assert found["latest of torn"] == "None"
         assert "cannot be written" in found["not a directory"]
         assert "embed.weight has NaN" in found["not finite"]
+        assert found["while training"] > 20
+        assert found["values of the call"]
+        assert re.fullmatch(r".*checkpoint-9: could not be saved \(.*Input/output error.*\)", found["one rank fails"])
+        assert found["left of the background"] == ["checkpoint-8"]
         if (tmp_path / "disk").exists():
             assert "checkpoint-2: needs " in found["no space"]
-            assert "checkpoint-2: the disk is full; the earlier checkpoints are unchanged" in found["full"]
+            for how in ("full", "full in the background"):
+                assert "checkpoint-2: the disk is full; the earlier checkpoints are unchanged" in found[how]
             assert found["left"] == ["checkpoint-1"]
             assert found["still whole"] == {"step": 1}
     assert not (tmp_path / "nan").exists()
