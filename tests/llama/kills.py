@@ -1,4 +1,6 @@
-"""What test_training_state.py runs to kill savers: python kills.py DIRECTORY TRIALS. Prints counts as JSON.
+"""What test_training_state.py and bench_reliability.py run to kill savers: python kills.py DIRECTORY TRIALS [KIND ...].
+
+Prints counts as JSON.
 
 A child saves one generation after another into the same place, every value of generation g being g, and is killed
 with SIGKILL at a random moment. What is left must be one whole generation: the last it reported, or the one after.
@@ -17,7 +19,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -68,6 +73,28 @@ def save_in_background(path: Path, report: Callable[[int], object]) -> None:
     save_states(path, report, background=True)
 
 
+def save_on_two_ranks(path: Path, report: Callable[[int], object]) -> None:
+    """Two processes with half of every tensor each, that exchange values all the time as training does."""
+    path.mkdir(parents=True)
+    rank = 0 if os.fork() else 1
+    store = dist.FileStore(str(path / "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    whole = {f"model.{k}": v for k, v in weights(0).items()}
+    tensors = {k: distribute_tensor(v, mesh, [Shard(0)]) for k, v in whole.items()}
+    files = model_files(CONFIG, None, ChatFormat())
+    saver = Saver(path, 1, background=True, done=lambda saved: rank == 0 and report(saved.step))
+    for g in itertools.count(1):
+        for t in tensors.values():
+            t.to_local().fill_(g)
+        saver.save(g, tensors, {"step": g}, files)
+        for t in tensors.values():
+            t.to_local().fill_(-1)
+        for _ in range(g % 7):
+            dist.all_reduce(torch.ones(1000))
+            saver.poll()
+
+
 def values_of_state(path: Path) -> list[float]:
     latest = latest_training_state(path)
     assert latest is not None
@@ -81,13 +108,14 @@ def killed(path: Path, save: Callable[[Path, Callable[[int], object]], None], de
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
+        os.setpgid(0, 0)
         save(path, lambda g: os.write(write, g.to_bytes(4, "little")))
         os._exit(1)
     os.close(write)
     with open(read, "rb", buffering=0) as f:
         last = [f.read(4), f.read(4)][-1]
         time.sleep(delay)
-        os.kill(child, signal.SIGKILL)
+        os.killpg(child, signal.SIGKILL)
         os.waitpid(child, 0)
         while more := f.read(4):
             last = more
@@ -101,9 +129,12 @@ def main() -> None:
         ("model", save_models, values_of_model),
         ("training state", save_states, values_of_state),
         ("training state, in the background", save_in_background, values_of_state),
+        ("training state, in the background, two ranks", save_on_two_ranks, values_of_state),
     )
     found = {}
     for kind, save, values in kinds:
+        if sys.argv[3:] and kind not in sys.argv[3:]:
+            continue
         whole = 0
         for trial in range(trials):
             path = root / kind.replace(" ", "-") / str(trial)

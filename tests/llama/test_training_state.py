@@ -452,14 +452,14 @@ def test_damaged_metadata_is_one_line(tmp_path: Path) -> None:
 
 
 def test_sigkill_at_random_moments_leaves_a_whole_generation(tmp_path: Path) -> None:
-    """kills.py saves over and over and is killed; see there for what it checks after each of 20 deaths."""
+    """kills.py saves over and over and is killed; see there for what it checks after each of 32 deaths."""
     done = subprocess.run(
-        [sys.executable, HERE / "kills.py", tmp_path, "10"], capture_output=True, text=True, timeout=300
+        [sys.executable, HERE / "kills.py", tmp_path, "8"], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    whole = {"trials": 10, "whole": 10}
-    assert found == {"model": whole, "training state": whole, "training state, in the background": whole}
+    assert len(found) == 4
+    assert all(kind == {"trials": 8, "whole": 8} for kind in found.values()), found
 
 
 # --- two ranks ------------------------------------------------------------------------------------
