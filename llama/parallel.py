@@ -57,6 +57,9 @@ def init(device: str = "auto", *, sharded: bool = False, hybrid: bool = False, t
         raise ValueError("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
     kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
     rank, size = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if launched() else (0, 1)
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    if hybrid and size % per_node:
+        raise ValueError(f"--fsdp hybrid_shard: {size} ranks are no whole number of nodes of {per_node}")
     here = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(here)
@@ -73,9 +76,6 @@ def init(device: str = "auto", *, sharded: bool = False, hybrid: bool = False, t
     restarted = shared is not None and elastic.has_begun(shared)
     if not hybrid:
         return World(rank, size, here, init_device_mesh(kind, (size,)), restarted, shared)
-    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    if size % per_node:
-        raise ValueError(f"--fsdp hybrid_shard: {size} ranks are no whole number of nodes of {per_node}")
     names = ("replicate", "shard")
     mesh = init_device_mesh(kind, (size // per_node, per_node), mesh_dim_names=names)
     return World(rank, size, here, mesh, restarted, shared)

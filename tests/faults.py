@@ -16,7 +16,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
-from data import loader
 from llama import elastic, parallel
 
 
@@ -29,19 +28,19 @@ def fail(kind: str) -> None:
 def main() -> int:
     faults = [f.split(":") for f in os.environ.get("FAULTS", "").split()]
     mine = {int(s): k for k, s, r, a in faults if (r, a) == (os.environ.get("RANK", "0"), str(elastic.attempt()))}
-    number, grad_norm, step_of = 0, parallel.grad_norm, loader.Loader.step
+    number, grad_norm, learning_rate = 0, parallel.grad_norm, train.learning_rate
 
-    def noted(self: loader.Loader, step: int) -> loader.Step:
+    def noted(args: Any, step: int, total: int) -> float:  # called at the beginning of a step
         nonlocal number
-        number = step + 1
-        return step_of(self, step)
+        number = step
+        return learning_rate(args, step, total)
 
     def faulty(*args: Any) -> Any:  # called between backward and update
         if number in mine:
             fail(mine[number])
         return grad_norm(*args)
 
-    loader.Loader.step, parallel.grad_norm = noted, faulty
+    train.learning_rate, parallel.grad_norm = noted, faulty
     return train.main()
 
 
