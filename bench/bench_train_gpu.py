@@ -35,7 +35,8 @@ from torch import Tensor
 
 from bench import report
 from bench.kernel_work import document_lengths
-from llama import parallel
+from llama import parallel, planner
+from llama.arguments import TrainArguments
 from llama.chat import IGNORE
 from llama.config import PRESETS, LlamaConfig, to_hf
 from llama.model import Llama
@@ -66,8 +67,8 @@ class Line:
 
 
 LINES = [
-    Line("7b", "adamw_split", "packed", False, (6, 4, 2, 1)),
-    Line("7b", "adamw_split_bf16", "packed", False, (12, 8, 4, 2)),
+    Line("7b", "adamw_split", "packed", False, (5, 4, 2, 1)),
+    Line("7b", "adamw_split_bf16", "packed", False, (8, 4, 2)),
     Line("7b", "adamw_split_bf16", "packed", True, (32, 16)),
     Line("7b", "liger", "packed", True, (8, 4, 2)),
     Line("7b", "transformers", "packed", True, (8, 4, 2)),
@@ -136,10 +137,8 @@ def batch(config: LlamaConfig, line: Line, rows: int, seed: int, device: torch.d
 
 
 def flops(config: LlamaConfig, lengths: list[int]) -> float:
-    """Forward and backward of real tokens: 6 a weight but the embedding's, and 12 K a head, layer and pair seen."""
-    weights = config.n_params() - (0 if config.tie_embeddings else config.vocab_size * config.dim)
-    pairs = sum(n * (n + 1) // 2 for n in lengths)
-    return 6.0 * weights * sum(lengths) + 12.0 * config.head_dim * config.n_heads * config.n_layers * pairs
+    """Forward and backward of documents of these lengths, as train.py counts."""
+    return planner.flops(config, sum(lengths), sum(n * (n + 1) // 2 for n in lengths))
 
 
 Step = Callable[[Batch], None]
@@ -149,7 +148,7 @@ def ours(config: LlamaConfig, line: Line, device: torch.device) -> Step:
     world = World(0, 1, device, None)
     with torch.device("meta"):
         model = Llama(config).to(torch.bfloat16)
-    parallel.prepare(model, model.layers, world, bf16=True, recompute=line.recompute)
+    parallel.prepare(model, model.layers, world, bf16=True, recompute=config.n_layers if line.recompute else 0)
     model.to_empty(device=device)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -235,8 +234,25 @@ def _measure(config: LlamaConfig, line: Line, rows: int, device: torch.device) -
         "slots_per_s": sum(b.tokens.numel() for b in timed) / total,
         "mfu": sum(flops(config, b.lengths) for b in timed) / total / PEAK_FLOPS if cuda else None,
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+        "planned_bytes": planned(config, line, rows),
         "first_step_seconds": seconds[0],
     }
+
+
+def planned(config: LlamaConfig, line: Line, rows: int) -> float | None:
+    """The tensors that train.py --plan expects for such a run of ours."""
+    if not line.who.startswith("adamw"):
+        return None
+    args = TrainArguments(
+        data_path=("bench",),
+        bf16=True,
+        optim=line.who,
+        packing="epoch",
+        model_max_length=min(ROW, config.max_seq_len),
+        per_device_train_batch_size=rows,
+        gradient_checkpointing=line.recompute,
+    )
+    return planner.plan(config, args, 1).tensors
 
 
 def table(found: dict[str, dict[str, Any]]) -> list[str]:
@@ -245,16 +261,17 @@ def table(found: dict[str, dict[str, Any]]) -> list[str]:
     for line in found.values():
         if line["who"].startswith("adamw") and "real_tokens_per_s" in line:
             best[line["shape"]] = max(best.get(line["shape"], 0.0), line["real_tokens_per_s"])
-    lines = [f"{'training':62} {'tokens/s':>9} {'MFU':>6} {'memory':>9}  our best is"]
+    lines = [f"{'training':62} {'tokens/s':>9} {'MFU':>6} {'memory':>9} {'planned':>9}  our best is"]
     for name, line in found.items():
         if "real_tokens_per_s" not in line:
             lines.append(f"{name:62} {line.get('failed', 'not measured')}")
             continue
         mfu = "-" if line["mfu"] is None else f"{line['mfu']:.1%}"
         memory = "-" if line["peak_memory_bytes"] is None else f"{line['peak_memory_bytes'] / 2**30:.1f} GiB"
+        plan = f"{line['planned_bytes'] / 2**30:.1f} GiB" if line.get("planned_bytes") else "-"
         against = best.get(line["shape"], 0.0) / line["real_tokens_per_s"]
         ratio = "" if line["who"].startswith("adamw") or not against else f"{against:.2f}x"
-        lines.append(f"{name:62} {line['real_tokens_per_s']:9,.0f} {mfu:>6} {memory:>9}  {ratio}".rstrip())
+        lines.append(f"{name:62} {line['real_tokens_per_s']:9,.0f} {mfu:>6} {memory:>9} {plan:>9}  {ratio}".rstrip())
     if (seven := best.get("7b")) is not None:
         hours = ALPACA_TOKENS / seven / 3600
         lines.append(

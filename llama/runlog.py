@@ -10,12 +10,24 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+if TYPE_CHECKING:  # runs/compare.py need not wait for torch
+    from llama.parallel import World
 
 AXES = {"tokens": "tokens", "steps": "step", "seconds": "seconds"}
+
+
+def say(world: World, text: str) -> None:
+    """Text on stderr, from rank 0, above the progress bar."""
+    if world.rank == 0:
+        tqdm.write(text, file=sys.stderr)
 
 
 class RunLog:

@@ -22,12 +22,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import kernels
-import train
 from kernels import launch
 from llama import parallel, planner
 from llama.arguments import TrainArguments
 from llama.config import LlamaConfig
 from llama.model import Llama
+from llama.source import build_optimizer
 
 ROOT = Path(__file__).resolve().parents[2]
 GROUPED = LlamaConfig(256, 6, 8, 2, 704, 3000, max_seq_len=512)
@@ -97,7 +97,7 @@ def built(c: LlamaConfig, args: TrainArguments, world: parallel.World) -> tuple[
         reshard_after_forward="shard_grad_op" not in args.fsdp,
         recompute=planner.recomputed(args, c.n_layers),
     )
-    return model, train.build_optimizer(args, model)
+    return model, build_optimizer(args, model)
 
 
 def traced_peak(c: LlamaConfig, args: TrainArguments, world: int) -> int:
