@@ -782,6 +782,152 @@ def test_pairs_resume_to_the_bit_and_from_the_same_reference_only(
     assert "the starting model, which is the reference, or the data set changed" in capsys.readouterr().err
 
 
+# --- planned, and rehearsed -----------------------------------------------------------------------
+
+
+def test_plan_is_printed_before_anything_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = "--plan --plan_gpus 8 --model_name_or_path 7b --data_path not_there.json --bf16 True"
+    assert train.main(text.split()) == 0
+    out = capsys.readouterr().out
+    assert "6,738,415,616 parameters on 8 GPUs" in out
+    for words in ("optimizer", "activations", "gathered weights", "141 GB   fits", "--optim adamw_split_bf16"):
+        assert words in out, words
+    assert list(tmp_path.iterdir()) == []
+    assert train.main(["--plan", "--model_name_or_path", "nowhere"]) == 2
+    assert re.fullmatch(r"error: --model_name_or_path 'nowhere' is neither a preset .*\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(("text", "value"), [("True", True), ("no", False), ("1", True), ("3", 3), ("auto", "auto")])
+def test_blocks_to_recompute_are_said_in_four_ways(text: str, value: bool | int | str) -> None:
+    assert parse(["--gradient_checkpointing", text], {}).gradient_checkpointing is value or value == 3
+    assert parse(["--gradient_checkpointing"], {}).gradient_checkpointing is True
+    with pytest.raises(ValueError, match="must be True, False, auto or a number"):
+        TrainArguments(gradient_checkpointing="some")
+
+
+@pytest.mark.parametrize(
+    "extra",
+    ["", "--packing none --gradient_accumulation_steps 2", "--bf16 True --gradient_accumulation_steps 3"],
+)
+def test_rehearsal_leaves_no_trace(flags: list[str], extra: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Losses, weights and what lies in output_dir are those of a run without, on a resume too."""
+    flags = [*flags, *extra.split(), "--eval_fraction", "0.1", "--gradient_checkpointing", "auto"]
+    for out, rehearse in (("with", "True"), ("without", "False")):
+        run = [*flags, "--output_dir", out, "--rehearse", rehearse]
+        assert (
+            train.main([*run, "--max_steps", "4", "--lr_scheduler_type", "constant", "--save_strategy", "epoch"]) == 0
+        )
+        first = capsys.readouterr().err
+        again = [
+            "--save_strategy",
+            "steps",
+            "--save_steps",
+            "3",
+            "--resume_from_checkpoint",
+            "auto",
+            "--max_steps",
+            "6",
+        ]
+        assert train.main([*run, *again, "--lr_scheduler_type", "constant"]) == 0
+        assert (
+            ("rehearsed a batch of" in first) == ("rehearsed a batch of" in capsys.readouterr().err) == (out == "with")
+        )
+    assert losses(Path("with")) == losses(Path("without"))
+    assert len(losses(Path("with"))) == 6
+    a, b = checkpoint.load_model("with"), checkpoint.load_model("without")
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    left = [sorted(p.name for p in Path(out).iterdir()) for out in ("with", "without")]
+    assert left[0] == left[1]
+
+
+@pytest.mark.parametrize("packing", ["none", "step", "epoch"])
+def test_no_batch_is_larger_than_the_rehearsed_one(start: Path, dialogues: Path, packing: Any) -> None:
+    tokenizer, chat_format = checkpoint.load_tokenizer(start), checkpoint.load_chat_format(start)
+    data, _, _ = loader.build([dialogues], tokenizer=tokenizer, chat_format=chat_format, max_len=64, workers=1)
+    for batch, accumulation, world in ((4, 1, 1), (2, 3, 2), (32, 2, 1), (3, 2, 4)):
+        parts = [
+            loader.Loader(
+                data, max_len=64, batch=batch, accumulation=accumulation, packing=packing, rank=rank, world=world
+            )
+            for rank in range(world)
+        ]
+        longest, times = parts[0].longest()
+        for index in range(12):
+            steps = [part.step(index) for part in parts]
+            assert all(len(step.micro_batches) <= times for step in steps)
+            for b in (b for step in steps for b in step.micro_batches):
+                assert b.tokens.shape[0] <= longest.tokens.shape[0]
+                assert b.tokens.shape[1] <= longest.tokens.shape[1]
+
+
+@pytest.mark.parametrize("packing", ["none", "step"])
+def test_pairs_are_those_that_attention_sees(start: Path, dialogues: Path, packing: Any) -> None:
+    """Counted one by one in the batches of all ranks; padding, the document after a row's last token, is none."""
+    tokenizer, chat_format = checkpoint.load_tokenizer(start), checkpoint.load_chat_format(start)
+    data, _, _ = loader.build([dialogues], tokenizer=tokenizer, chat_format=chat_format, max_len=64, workers=1)
+    pairs, tokens = 0, 0
+    for rank in range(2):
+        step = loader.Loader(data, max_len=64, batch=4, accumulation=2, packing=packing, rank=rank, world=2).step(1)
+        for b in step.micro_batches:
+            for row, ids in zip(b.start, b.tokens, strict=True):
+                real = [t for t in range(len(row)) if int(ids[t:].abs().sum())]  # padding is id 0 up to the end
+                tokens += len(real)
+                pairs += sum(1 for t in real for key in range(t + 1) if key >= int(row[t]))
+    assert (step.attended, step.tokens) == (pairs, tokens)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1 GiB"),
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"),
+    ],
+    ids=["cuda", "python", "torch on a CPU"],
+)
+def test_lack_of_memory_ends_with_advice(
+    flags: list[str], error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(train, "train_step", fail)
+    assert train.main(flags) == 2
+    err = capsys.readouterr().err
+    message = err[err.index("error: ") :].splitlines()
+    assert message[0].startswith("error: rank 0 is out of memory (")
+    assert "planned: " in message[0]
+    assert any("--optim adamw_split" in line for line in message)
+    assert len(message) < 14
+    assert "Traceback" not in err
+
+
+def test_other_errors_are_not_taken_for_it(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(train, "rehearse", fail)
+    with pytest.raises(RuntimeError, match="something else"):
+        train.main(flags)
+
+
+def test_a_disk_too_small_for_the_run_is_found_before_it(
+    flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Room for six checkpoints, and not for the model: one at a time (and the next before it goes) does."""
+    one = 3 * 4 * checkpoint.load_config(flags[1]).n_params()
+    usage = train.rehearsal.shutil.disk_usage(".")
+    monkeypatch.setattr(train.rehearsal.shutil, "disk_usage", lambda path: usage._replace(free=int(6 * one)))
+    flags = [*flags, "--save_strategy", "steps", "--save_steps", "2"]
+    assert train.main(flags) == 2
+    assert re.search(r"error: out: the run will write 6 checkpoint.*--save_total_limit 1", capsys.readouterr().err)
+    assert not list(Path("out").glob("checkpoint-*"))
+    assert train.main([*flags, "--save_total_limit", "1"]) == 0
+
+
 # --- the picture ----------------------------------------------------------------------------------
 
 

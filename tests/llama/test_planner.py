@@ -6,6 +6,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +29,7 @@ import kernels
 from kernels import launch
 from llama import parallel, planner
 from llama.arguments import TrainArguments
-from llama.config import LlamaConfig
+from llama.config import PRESETS, LlamaConfig
 from llama.model import Llama
 from llama.source import build_optimizer
 
@@ -177,3 +181,163 @@ def test_peak_is_that_of_a_traced_step(
     traced, planned = traced_peak(c, args, world), planner.plan(c, args, world).tensors
     print(f"{name}: planned {planned / 2**20:.2f} MiB, traced {traced / 2**20:.2f}, {planned / traced - 1:+.1%}")
     assert abs(planned / traced - 1) <= 0.1
+
+
+def test_loss_is_cut_as_the_kernel_cuts_it() -> None:
+    pytest.importorskip("triton")
+    from kernels import loss
+
+    assert (planner.LOGITS_BYTES, planner.FEWEST_ROWS) == (loss.LOGITS_BYTES, loss.FEWEST_ROWS)
+    for N in (1, 100, 2048, 5000, 16384, 65536):
+        for V, D in ((2048, 128), (32000, 4096), (128256, 8192)):
+            for e in (2, 4):
+                assert planner.rows_per_chunk(N, V, D, e) == loss.rows_per_chunk(N, V, D, e, need_dw=True)
+
+
+@pytest.mark.parametrize("c", [GROUPED, TIED, PRESETS["7b"], PRESETS["llama3.2-1b"]])
+def test_shapes_are_those_of_the_model(c: LlamaConfig) -> None:
+    with torch.device("meta"):
+        model = Llama(c)
+    assert [tuple(p.shape) for p in model.layers[0].parameters()] == [
+        *planner.block_shapes(c)[:5],
+        *planner.block_shapes(c)[5:],
+    ]
+    total = c.n_layers * planner.numbers(planner.block_shapes(c)) + planner.numbers(planner.root_shapes(c))
+    assert total == c.n_params() == sum(p.numel() for p in model.parameters())
+    assert planner.numbers([(5, 3), (7,)], shards=4) == 8 * 3 + 8
+
+
+def test_seven_billion_on_one_card_and_on_eight() -> None:
+    """Sizes that can be checked on paper: 14 bytes a parameter, and an eighth of it."""
+    c, GB = PRESETS["7b"], 1e9
+    one = planner.plan(c, TrainArguments(bf16=True, optim="adamw_split", per_device_train_batch_size=1))
+    assert one.parts["weights"] + one.parts["optimizer"] == 12 * c.n_params()
+    assert 94 * GB < one.tensors < 97 * GB
+    eight = planner.plan(c, TrainArguments(bf16=True, per_device_train_batch_size=4), world=8)
+    assert eight.parts["weights"] == 4 * c.n_params() / 8
+    offloaded = planner.plan(c, TrainArguments(bf16=True, fsdp="full_shard offload"), world=8)
+    assert offloaded.parts["weights"] == offloaded.parts["optimizer"] == 0
+    nodes = planner.plan(c, TrainArguments(bf16=True, fsdp="hybrid_shard"), world=64)
+    assert nodes.parts["weights"] == eight.parts["weights"]
+
+
+def test_more_recomputing_never_needs_more_and_auto_takes_the_fewest() -> None:
+    c, args = PRESETS["7b"], TrainArguments(bf16=True, gradient_checkpointing="auto")
+    totals = [planner.plan(c, args, 8, n).total for n in range(c.n_layers + 1)]
+    assert totals == sorted(totals, reverse=True)
+    memory = totals[9]
+    n = planner.recompute_for(c, args, 8, memory)
+    assert totals[n] <= memory
+    assert n == 0 or totals[n - 1] > memory
+    assert planner.recompute_for(c, args, 8, totals[0]) == 0
+    assert planner.recompute_for(c, args, 8, 1e9) == c.n_layers, "the most that can be done"
+    assert planner.recompute_for(c, args, 8, None) == 0, "a CPU"
+    fixed = {True: c.n_layers, False: 0, 5: 5, 99: c.n_layers}
+    for wanted, blocks in fixed.items():
+        assert planner.recompute_for(c, TrainArguments(gradient_checkpointing=wanted), 1, None) == blocks
+
+
+def test_advice_ends_with_the_first_change_that_fits() -> None:
+    c, args = PRESETS["7b"], TrainArguments(bf16=True)
+    lines = planner.advice(c, args, 1, planner.CARDS[80] * planner.GIB)
+    assert [line.split("--")[1].split()[1] for line in lines] == ["adamw_split", "adamw_split_bf16"]
+    sums = planner.advice(c, dataclasses.replace(args, gradient_accumulation_steps=8), 8)
+    assert any("--gradient_accumulation_steps 1 " in line for line in sums), (
+        "sums over micro-batches are the most of it"
+    )
+    assert "out of memory" not in planner.out_of_memory(c, args, 1, None)
+
+
+def test_flops_are_six_a_parameter_and_twelve_a_pair() -> None:
+    """Counted by torch over a forward and backward of the same documents, products only."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    T = 64
+    for c in (GROUPED, TIED):
+        model = Llama(dataclasses.replace(c, n_layers=2))
+        model.init_weights(0)
+        logits = FlopCounterMode(display=False)
+        with logits:
+            model(torch.zeros(1, T, dtype=torch.int64)).sum().backward()
+        products = logits.get_total_flops()
+        n = dataclasses.replace(c, n_layers=2)
+        norms = 6 * T * c.dim * (2 * 2 + 1)
+        assert planner.flops(n, T, 0) - norms == pytest.approx(products - attention(logits), rel=1e-6)
+    assert planner.flops(GROUPED, 0, 10) == 12 * 6 * 8 * 32 * 10
+
+
+def attention(counted: Any) -> int:
+    return sum(n for op, n in counted.get_flop_counts()["Global"].items() if "attention" in str(op))
+
+
+# --- what goes over the wires ---------------------------------------------------------------------
+
+RANKS = """
+import json, os, sys
+import torch, torch.distributed as dist
+rank, size, port, fsdp, bf16, micro = (json.loads(word) for word in sys.argv[1:])
+os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": "2"}
+os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+torch.set_num_threads(1)
+from llama import parallel, planner
+from llama.arguments import TrainArguments
+from llama.config import LlamaConfig
+from llama.model import Llama
+c = LlamaConfig(32, 3, 4, 2, 50, 131)
+optim = "adamw_split" if bf16 else "adamw_torch"
+args = TrainArguments(fsdp=fsdp, bf16=bf16, gradient_accumulation_steps=micro, optim=optim)
+world = parallel.init("cpu", sharded=True, hybrid="hybrid_shard" in fsdp)
+with torch.device("meta"):
+    model = Llama(c)
+if bf16:
+    model.to(torch.bfloat16)
+parallel.prepare(model, model.layers, world, bf16=bf16, reshard_after_forward="shard_grad_op" not in fsdp, recompute=1)
+model.to_empty(device="cpu")
+model.init_weights(0, lambda p, full: parallel.local(p).data.copy_(parallel.part_of(full, p)))
+sent = {"gathered": 0.0, "reduced": 0.0}
+def counting(names, key, factor):
+    # torch 2.13 calls by the first of the names, older ones by the second; of the tensors given the largest is whole.
+    name = next(n for n in names if hasattr(dist, n))
+    original = getattr(dist, name)
+    def call(*a, **k):
+        n = dist.get_world_size(k.get("group"))
+        sizes = [t.nbytes for t in (*a, *k.values()) if isinstance(t, torch.Tensor)]
+        sent[key] += factor * (n - 1) / n * max(sizes)
+        return original(*a, **k)
+    setattr(dist, name, call)
+counting(["all_gather_single", "all_gather_into_tensor"], "gathered", 1)
+counting(["reduce_scatter_single", "reduce_scatter_tensor"], "reduced", 1)
+counting(["all_reduce"], "reduced", 2)
+ids = torch.arange(32).view(2, 16)
+for i in range(micro):
+    parallel.sync_gradients(model, i == micro - 1)
+    model(ids, ids)[0].backward()
+print(json.dumps([sent["gathered"], sent["reduced"], *planner.traffic(c, args, size, micro)]), flush=True)
+parallel.leave(0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("ranks", "fsdp", "bf16", "micro_batches"),
+    [
+        (2, "full_shard", False, 1),
+        (2, "shard_grad_op", True, 2),
+        (4, "full_shard", True, 2),
+        (4, "hybrid_shard", True, 1),
+    ],
+)
+def test_collectives_move_what_the_theory_says(ranks: int, fsdp: str, bf16: bool, micro_batches: int) -> None:
+    """gloo; every collective's bytes, times the share that a ring sends of them, on each rank."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    words = [json.dumps(word) for word in (ranks, port, fsdp, bf16, micro_batches)]
+    processes = [
+        subprocess.Popen([sys.executable, "-c", RANKS, str(rank), *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        for rank in range(ranks)
+    ]
+    for process in processes:
+        out, _ = process.communicate(timeout=200)
+        gathered, reduced, gathered_in_theory, reduced_in_theory = json.loads(out)
+        assert gathered == pytest.approx(gathered_in_theory)
+        assert reduced == pytest.approx(reduced_in_theory)
