@@ -270,6 +270,7 @@ def evaluate(run: Run) -> dict[str, float]:
     for batch in run.batches.eval_batches():
         sums += forward(run, batch)[1]
     run.model.train()
+    parallel.reshard(run.model)
     parallel.all_reduce(sums)
     loss, _, *reports = (sums / sums[1]).tolist()
     return dict(zip(("loss", *run.reports), (loss, *reports), strict=True)) if sums[1] else {}

@@ -161,6 +161,16 @@ def sync_gradients(model: nn.Module, wanted: bool) -> None:
         model.set_requires_gradient_sync(wanted)
 
 
+def reshard(model: nn.Module) -> None:
+    """After a forward without a backward: what is still gathered goes, and parameters() are the shards again.
+
+    Else a model that was evaluated last is saved as gathered, rounded to bf16, and its shards' gradients are not found.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor that may be sharded; it shares its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from llama import training_state
+from llama import parallel, training_state
 
 PLACE = ".rehearsal"  # within output_dir
 
@@ -31,6 +31,7 @@ def untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
         torch.cuda.synchronize(device)  # what the kernels have to complain of, they say here
         torch.cuda.set_rng_state(states[1], device)
     torch.set_rng_state(states[0])
+    parallel.reshard(model)
     model.zero_grad(set_to_none=True)
     model.train()
 

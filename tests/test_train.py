@@ -843,6 +843,16 @@ def test_rehearsal_leaves_no_trace(flags: list[str], extra: str, capsys: pytest.
     assert left[0] == left[1]
 
 
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_split --gradient_accumulation_steps 2"])
+def test_an_evaluated_model_is_saved_with_all_its_bits(flags: list[str], optim: str) -> None:
+    """The evaluation at the end leaves embedding and head gathered in bf16; what is saved are the fp32 shards."""
+    text = f"--bf16 True --eval_fraction 0.1 --save_dtype float32 --max_steps 2 --optim {optim}"
+    assert train.main([*flags, *text.split()]) == 0
+    model = checkpoint.load_model("out")
+    for p in (model.embed.weight, model.head.weight, model.layers[0].attn.q.weight):
+        assert not torch.equal(p, p.bfloat16().float())
+
+
 @pytest.mark.parametrize("packing", ["none", "step", "epoch"])
 def test_no_batch_is_larger_than_the_rehearsed_one(start: Path, dialogues: Path, packing: Any) -> None:
     tokenizer, chat_format = checkpoint.load_tokenizer(start), checkpoint.load_chat_format(start)
