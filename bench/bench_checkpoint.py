@@ -1,11 +1,16 @@
 """How fast are models and training state saved, verified and loaded, and how much memory does that take?
 
     python bench/bench_checkpoint.py [--out bench/results/checkpoint_cpu.json] [--repeats 3] [--directory DIR]
+        [--cases save_model_fp32 ...]
 
 A synthetic model of 271M parameters (1.08 GB in fp32), beside what safetensors and transformers do with the same
 tensors; theirs neither fsync nor check anything. Every case runs in its own process. "extra" is what the peak of
 resident memory adds to the resident tensors before: anonymous memory, apart from pages of mapped files, which the
 kernel takes back when it needs them. "cold" drops the files from the page cache first.
+
+train_*: 100 steps of a 15M-parameter model (0.18 GB of training state), saved after step 50 or never, on one thread;
+"stall" is how long training stood still for the save, as a share of the whole. export_sharded: two ranks write the
+finished model in files of 200 MB; extra memory is that of the rank that needed more.
 """
 
 from __future__ import annotations
@@ -21,19 +26,20 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from report import RESULTS, write
 
+from llama import parallel
 from llama.chat import ChatFormat
 from llama.checkpoint import load_model, model_files, save_model
-from llama.config import LlamaConfig, to_hf
+from llama.config import PRESETS, LlamaConfig, to_hf
 from llama.files import MANIFEST, verify
 from llama.model import Llama
-from llama.training_state import load_training_state, save_training_state
+from llama.training_state import Saved, Saver, load_training_state, save_sharded_model, save_training_state
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = LlamaConfig(1024, 16, 16, 16, 2816, 32000)
@@ -100,10 +106,82 @@ def state_of(model: Llama) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def train_with_saves(case: str, folder: Path) -> dict[str, float]:
+    """Seconds of 100 training steps with a save, and for how many of them training stood still."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model = made(PRESETS["15m"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    tokens = torch.randint(0, 32000, (1, 129))
+    told: list[Saved] = []
+    run = folder / case
+    shutil.rmtree(run, ignore_errors=True)
+    saver = Saver(run, 1, background=case == "train_saves_in_background", done=told.append)
+    files = model_files(PRESETS["15m"], None, ChatFormat("plain"))
+    steps: list[float] = []
+
+    def work() -> None:
+        for step in range(1, 101):
+            begin = time.perf_counter()
+            loss, count = model(tokens[:, :-1], tokens[:, 1:])
+            (loss / count).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            steps.append(time.perf_counter() - begin)
+            saver.poll()
+            if case != "train_saves_never" and step == 50:
+                tensors = {f"model.{n}": p.detach() for n, p in model.named_parameters()}
+                for n, p in model.named_parameters():
+                    tensors |= {f"optimizer.{n}.{k}": v for k, v in optimizer.state[p].items()}
+                saver.save(step, tensors, {"step": step}, files)
+        saver.wait()
+
+    result = measured(work)
+    stalled = sum(s.stalled for s in told)
+    result |= {"stall_seconds": stalled, "stall_percent": 100 * stalled / result["seconds"]}
+    result |= {"save_seconds": sum(s.seconds for s in told), "step_seconds": statistics.median(steps)}
+    return result
+
+
+def export_of_rank(folder: Path) -> NoReturn:
+    """What export_sharded runs on each of two ranks."""
+    from torch.distributed.fsdp import fully_shard
+
+    world = parallel.init("cpu")
+    model = made(CONFIG)
+    for block in model.layers:
+        fully_shard(block, mesh=world.mesh)
+    fully_shard(model, mesh=world.mesh)
+    result = measured(
+        lambda: save_sharded_model(
+            folder / "sharded", parallel.full_tensors(model), CONFIG, None, ChatFormat(), max_shard_bytes=200_000_000
+        )
+    )
+    (folder / f"export-{world.rank}.json").write_text(json.dumps(result))  # their lines on stdout may run into another
+    parallel.leave(0)
+
+
+def export_sharded(folder: Path) -> dict[str, float]:
+    shutil.rmtree(folder / "sharded", ignore_errors=True)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launcher, __file__, "--directory", str(folder), "--case", "export_of_rank"]
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+    ranks = [json.loads((folder / f"export-{rank}.json").read_text()) for rank in range(2)]
+    return {key: max(r[key] for r in ranks) for key in ranks[0]}
+
+
 def run_case(case: str, folder: Path) -> dict[str, float]:
     """One case in this process; `folder` keeps what the cases before it wrote."""
     ours, theirs, run = folder / "ours", folder / "theirs", folder / "run"
-    if case.startswith("save_model"):
+    if case == "export_of_rank":
+        export_of_rank(folder)
+    if case.startswith("train_"):
+        path = folder / case
+        result = train_with_saves(case, folder)
+    elif case == "export_sharded":
+        path = folder / "sharded"
+        result = export_sharded(folder)
+    elif case.startswith("save_model"):
         model = made(CONFIG)
         path = ours if case == "save_model_fp32" else folder / "bf16"
         dtype = torch.float32 if case == "save_model_fp32" else torch.bfloat16
@@ -173,6 +251,10 @@ CASES = (
     "transformers_from_pretrained",
     "save_training_state",
     "load_training_state",
+    "train_saves_never",
+    "train_saves_in_foreground",
+    "train_saves_in_background",
+    "export_sharded",
 )
 
 
@@ -181,7 +263,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "checkpoint_cpu.json")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--directory", type=Path, default=Path("/tmp/bench_checkpoint"), help="needs 8 GB of free disk")
-    parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
+    parser.add_argument("--case", choices=(*CASES, "export_of_rank"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:
         print(json.dumps(run_case(args.case, args.directory)))
@@ -189,7 +272,7 @@ def main() -> None:
     args.directory.mkdir(parents=True, exist_ok=True)
     results = {}
     command = [sys.executable, __file__, "--directory", str(args.directory), "--case"]
-    for case in CASES:
+    for case in args.cases:
         runs = []
         for _ in range(args.repeats):
             done = subprocess.run([*command, case], stdout=subprocess.PIPE, text=True, check=True)
@@ -204,6 +287,9 @@ def main() -> None:
             "extra_anonymous_megabytes": round(max(r["extra_anonymous"] for r in runs) / 1e6),
             "extra_file_pages_megabytes": round(max(r["extra_file_pages"] for r in runs) / 1e6),
         }
+        for key in ("stall_seconds", "stall_percent", "save_seconds", "step_seconds"):
+            if key in runs[0]:
+                results[case][key] = round(statistics.median(r[key] for r in runs), 3)
         print(f"{case:30} {json.dumps(results[case])}", file=sys.stderr)
     shutil.rmtree(args.directory)
     write(args.out, results, repeats=args.repeats)

@@ -4,8 +4,9 @@
         [--points 10] [--only kills resumes ...] [--out bench/results/reliability_cpu.json]
 
 The tests do the same a few times each. Runs are small (two layers of width 32, dropout-free, on a CPU with gloo); what
-counts is whether they end with the same bits, not how fast. tests/faults.py is train.py with a fault at a given step,
-tests/llama/kills.py a saver that is killed at random moments. Full disks need root, to mount a small one.
+counts is whether they end with the same bits. --only keeps the other sections of the result file. tests/faults.py is
+train.py with a fault at a given step, tests/llama/kills.py a saver that is killed at random moments. Full disks need
+root, to mount a small one.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch
-from report import RESULTS, write
+from report import RESULTS, commit, write
 
 from llama import checkpoint, files
 from llama.chat import ChatFormat
@@ -174,7 +175,7 @@ def restarts(folder: Path, flags: list[str], count: int) -> dict[str, Any]:
         out = folder / f"restarted{runs}"
         run = Run(folder, [*flags, "--output_dir", out.name], 2, f"--max-restarts={each}", faults=faults)
         run.until(None)
-        dead, back = run.when(r"failed \(exitcode: -9\)"), run.when(r"^model: ")[1:]
+        dead, back = run.when(r"failed \(exitcode: "), run.when(r"^model: ")[1:]
         first += each if len(dead) == len(back) == each else 0  # as many restarts as deaths
         seconds += [b - d for d, b in zip(dead, back, strict=False)]
         equal += same(out, alone(folder, flags, 2))
@@ -366,13 +367,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "reliability_cpu.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    results = {}
+    results: dict[str, Any] = {}
+    if args.only != list(SECTIONS) and args.out.exists():
+        results = json.loads(args.out.read_text())["results"]
     with tempfile.TemporaryDirectory(prefix="reliability-") as name:
         flags = prepare(Path(name))
         for section in args.only:
             work, flag, _ = SECTIONS[section]
             begin = time.perf_counter()
-            results[section] = work(Path(name), flags, getattr(args, flag))
+            results[section] = {"commit": commit(), **work(Path(name), flags, getattr(args, flag))}
             took = time.perf_counter() - begin
             print(f"{section} ({took:.0f} s): {json.dumps(results[section])}", file=sys.stderr, flush=True)
             write(args.out, results)

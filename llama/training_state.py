@@ -370,6 +370,7 @@ def save_sharded_model(
     chat_format: ChatFormat | None,
     generation: dict[str, Any] | None = None,
     dtype: torch.dtype | None = None,
+    max_shard_bytes: int = checkpoint.MAX_SHARD_BYTES,
 ) -> None:
     """checkpoint.save_model, called by all ranks with a stream that they must drain together; rank 0 writes.
 
@@ -380,7 +381,7 @@ def save_sharded_model(
     def work() -> None:
         try:
             if _ranks()[0] == 0:
-                checkpoint.save_model(path, stream, config, tokenizer, chat_format, generation, dtype)
+                checkpoint.save_model(path, stream, config, tokenizer, chat_format, generation, dtype, max_shard_bytes)
         finally:
             for _ in stream:  # gathering is collective: a rank that stops early would leave the others waiting
                 pass
