@@ -183,6 +183,7 @@ def open_reference(run: Run) -> None:
 
     for name, found in preference.kept(run.output_dir / "reference.logprobs", identity, make).items():
         sets[name].reference = found.numpy()
+    parallel.reshard(run.model)
     batches.reference = identity
 
 
@@ -400,6 +401,12 @@ def due(strategy: str, every: int, run: Run, step: int) -> bool:
     return strategy == "steps" and step % every == 0
 
 
+def with_true_rows(args: TrainArguments, batches: loader.Loader) -> TrainArguments:
+    """The flags for the planner: of a micro-batch the rows and their length that packing leaves at the most."""
+    B, T = batches.longest()[0].tokens.shape
+    return dataclasses.replace(args, per_device_train_batch_size=B, model_max_length=T)
+
+
 def rehearse(run: Run, done: int, total: int) -> None:
     """Before the next step: the largest batch that may come, forward and backward, an evaluation batch, and a save.
 
@@ -426,7 +433,7 @@ def rehearse(run: Run, done: int, total: int) -> None:
     files = checkpoint.model_files(source.config, source.tokenizer, source.chat_format, source.generation)
     rehearsal.save(run.output_dir, done, tensors, state, files)
     peak = rehearsal.peak_of(run.world.device)
-    planned = planner.plan(source.config, args, run.world.size).tensors / planner.GIB
+    planned = planner.plan(source.config, with_true_rows(args, run.batches), run.world.size).tensors / planner.GIB
     used = "" if peak is None else f"; at most {peak / planner.GIB:.1f} GiB of tensors ({planned:.1f} planned)"
     shape = " x ".join(map(str, batch.tokens.shape))
     say(run.world, f"rehearsed a batch of {shape}, evaluation and saving in {time.perf_counter() - begin:.1f} s{used}")
@@ -584,7 +591,7 @@ def execute(args: TrainArguments, world: World) -> int:
     if args.overwrite_output_dir and not args.resume_from_checkpoint and not world.restarted:
         training_state.on_first_rank(lambda: training_state.forget(output_dir))
     training_state.on_first_rank(lambda: elastic.begin(world.store))
-    model = build_model(args, source, world)
+    model = build_model(with_true_rows(args, batches), source, world)
     optimizer = build_optimizer(args, model)
     fill_weights(args, source, model, optimizer)
     run = Run(args, world, source, batches, model, optimizer, output_dir)
