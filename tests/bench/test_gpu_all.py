@@ -15,6 +15,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPT = ROOT / "bench/gpu_all.sh"
 
+PARTS = ("device_tests", "peers", "kernels", "training", "tiles")
+
 # In the place of python: one GPU, and parts that do what the variables say.
 PLAYED = """#!/usr/bin/env bash
 case "$*" in
@@ -30,6 +32,10 @@ case "$*" in
     echo "           flex 100 TFLOP/s  4.00x"
     echo "1 of 1 rows measured; 1 of 1 targets met"
     eval "${DO_KERNELS:-true}" ;;
+  "-m bench.bench_train_gpu"*)
+    echo "$*" >>"$CALLS"
+    echo "7b adamw_split, packed, nothing recomputed  12,345  55.0%"
+    eval "${DO_TRAINING:-true}" ;;
   "-m bench.bench_tiles"*)
     echo "$*" >>"$CALLS"
     echo '    ("dq", 90, 128, 2): Tiles(64, 64, 8, 2),  # time'
@@ -59,9 +65,8 @@ def run(tmp_path: Path) -> Callable[..., tuple[subprocess.CompletedProcess[str],
 
 def status(stdout: str) -> dict[str, str]:
     """What the summary says of each part."""
-    parts = ("device_tests", "peers", "kernels", "tiles")
     words = [line.split() for line in stdout.splitlines()]
-    return {w[0]: " ".join(w[1:3]) if w[1] == "not" else w[1] for w in words if len(w) > 2 and w[0] in parts}
+    return {w[0]: " ".join(w[1:3]) if w[1] == "not" else w[1] for w in words if len(w) > 2 and w[0] in PARTS}
 
 
 def test_the_script_is_sound() -> None:
@@ -77,7 +82,9 @@ def test_without_a_gpu_it_says_so_and_shows_the_table(tmp_path: Path) -> None:
     lines = done.stdout.splitlines()
     assert lines[0] == "no GPU: nothing is measured"
     assert lines[1].startswith("operation")
-    assert done.stdout.count("not measured  no GPU") == len(lines) - 3
+    begin = next(i for i, line in enumerate(lines) if line.startswith("training"))
+    assert done.stdout.count("not measured  no GPU") == begin - 3
+    assert all(line.endswith("not measured") for line in lines[begin + 1 :])
     assert not (tmp_path / "out").exists()
 
 
@@ -90,37 +97,36 @@ def test_without_torch_it_names_the_remedy() -> None:
 def test_every_part_runs_in_order(run: Callable[..., tuple]) -> None:
     done, out, calls = run()
     assert done.returncode == 0, done.stdout + done.stderr
-    assert status(done.stdout) == dict.fromkeys(("device_tests", "peers", "kernels", "tiles"), "ok")
-    assert [call.split()[1] for call in calls] == ["pytest", "pytest", "bench.bench_kernels", "bench.bench_tiles"]
+    assert status(done.stdout) == dict.fromkeys(PARTS, "ok")
+    benches = ["bench.bench_kernels", "bench.bench_train_gpu", "bench.bench_tiles"]
+    assert [call.split()[1] for call in calls] == ["pytest", "pytest", *benches]
     assert "-n " in calls[0]
     assert "--dist loadgroup" in calls[0]
     assert "-m gpu tests/kernels/on_device" in calls[0]
     assert calls[1].endswith("tests/kernels/test_peers.py")
     assert "strict-markers" not in calls[0]
     assert "addopts" not in calls[0]
-    assert sorted(p.name for p in out.iterdir()) == [
-        "device_tests.log",
-        "environment.log",
-        "kernels.log",
-        "peers.log",
-        "summary.txt",
-        "tiles.log",
-    ]
+    assert sorted(p.name for p in out.iterdir()) == ["logs.txt", "summary.txt"]
+    logs = (out / "logs.txt").read_text()
+    for name in ("environment", *PARTS):
+        assert f"==> {name}.log <==" in logs
+    assert "flex 100 TFLOP/s" in logs
     summary = (out / "summary.txt").read_text()
     assert done.stdout.endswith(summary)
-    for said in ("triton 3.6.0", "1.33x", "1 of 1 rows measured", "Tiles(64, 64, 8, 2)", "12 passed in 3.4s"):
+    for said in ("triton 3.6.0", "1.33x", "1 of 1 rows measured", "Tiles(64, 64, 8, 2)", "12 passed in 3.4s", "12,345"):
         assert said in summary
     assert "flex" not in summary  # in the log only: it has no target
 
 
 def test_the_time_is_shared_out(run: Callable[..., tuple]) -> None:
     _, _, calls = run(TIME="480")
-    kernels, tiles = (float(call.partition("--seconds ")[2].split()[0]) for call in calls[2:])
-    assert 340 < kernels <= 480 - 80 - 45  # all that is left but for the tiles, less what it may take beyond
+    kernels, training, tiles = (float(call.partition("--seconds ")[2].split()[0]) for call in calls[2:])
+    assert 260 < kernels <= 480 - 120 - 45 - 45  # all that is left but for the two last, less what it may take beyond
+    assert 380 < training <= 480 - 45 - 45
     assert 440 < tiles <= 480 - 5 - 15
-    assert "--head 128 64" in calls[3]
+    assert "--head 128 64" in calls[4]
     _, _, calls = run(TIME="150")
-    assert "--head 128 --seconds" in calls[3]
+    assert "--head 128 --seconds" in calls[-1]
 
 
 @pytest.mark.parametrize(
@@ -130,6 +136,7 @@ def test_the_time_is_shared_out(run: Callable[..., tuple]) -> None:
         ({"DO_DEVICE": "exit 5", "DEVICE_SAYS": "no tests ran"}, "device_tests", 1),
         ({"DO_PEERS": "exit 1"}, "peers", 1),
         ({"DO_KERNELS": "exit 1"}, "kernels", 0),
+        ({"DO_TRAINING": "exit 1"}, "training", 0),
         ({"DO_TILES": "kill -SEGV $$"}, "tiles", 0),
     ],
 )
@@ -138,7 +145,7 @@ def test_a_part_that_fails_stops_nothing(
 ) -> None:
     done, _, calls = run(**variables)
     assert done.returncode == code
-    assert len(calls) == 4
+    assert len(calls) == len(PARTS)
     found = status(done.stdout)
     assert found.pop(failed) == "FAILED"
     assert set(found.values()) == {"ok"}
@@ -150,9 +157,9 @@ def test_a_part_that_hangs_is_stopped_with_what_it_started(run: Callable[..., tu
     begin = time.monotonic()
     done, _, calls = run(DO_DEVICE=f"sleep 300 & echo $! > {child}; wait", TESTS="2")
     assert time.monotonic() - begin < 60
-    assert status(done.stdout) == {"device_tests": "STOPPED", "peers": "ok", "kernels": "ok", "tiles": "ok"}
+    assert status(done.stdout) == dict.fromkeys(PARTS, "ok") | {"device_tests": "STOPPED"}
     assert done.returncode == 1
-    assert len(calls) == 4
+    assert len(calls) == len(PARTS)
     for _ in range(50):
         if not Path(f"/proc/{child.read_text().strip()}").exists():
             break
@@ -163,7 +170,7 @@ def test_a_part_that_hangs_is_stopped_with_what_it_started(run: Callable[..., tu
 
 def test_what_no_time_is_left_for_is_not_run(run: Callable[..., tuple]) -> None:
     done, _, calls = run(DO_DEVICE="sleep 3", TIME="2", TESTS="2")
-    assert status(done.stdout) == {"device_tests": "STOPPED"} | dict.fromkeys(("peers", "kernels", "tiles"), "not run")
+    assert status(done.stdout) == dict.fromkeys(PARTS, "not run") | {"device_tests": "STOPPED"}
     assert done.returncode == 1
     assert len(calls) == 1
 
