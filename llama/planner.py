@@ -141,7 +141,46 @@ def recomputed(args: TrainArguments, layers: int) -> int:
 def plan(c: LlamaConfig, args: TrainArguments, world: int = 1, recompute: int | None = None) -> Plan:
     """The most that a training step holds on one of world GPUs, rows of full length, `recompute` blocks recomputed."""
     n = recomputed(args, c.n_layers) if recompute is None else recompute
+    if args.lora_r:
+        return with_adapters(c, args, world, n)
     return max(moments(c, args, world, n), key=lambda p: p.tensors)
+
+
+def with_adapters(c: LlamaConfig, args: TrainArguments, world: int, recompute: int) -> Plan:
+    """The plan where adapters train: a bound from above, as if frozen layers kept their inputs too.
+
+    The base has the number type of the forward, sharded, or lies in NF4 whole on every rank: 4 bits a number, 8 a block
+    of 64, 32 a group of 256 of those. Adapters and their moments are fp32, with copies in the forward's type.
+    """
+    e, four = 2 if args.bf16 else 4, args.base_bits == 4
+    sharded = world > 1 or args.sharded
+    shards = 1 if four else shards_of(args, world)
+    shapes = dict(zip(("norm", "q", "k", "v", "o", "norm2", "gate", "up", "down"), block_shapes(c), strict=True))
+    matrices = sum(math.prod(s) for s in shapes.values() if len(s) == 2)
+    block, root, L = numbers(block_shapes(c), shards), numbers(root_shapes(c), shards), c.n_layers
+    packed = matrices * (1 / 2 + 1 / 64 + 4 / (64 * 256)) + e * 2 * c.dim
+    base = L * packed + e * root if four else e * (L * block + root) / shards
+    trained = L * sum(args.lora_r * sum(shapes[t]) for t in args.lora.targets)
+    tokens = args.per_device_train_batch_size * args.model_max_length
+    beside = tokens * sum(
+        e * shapes[t][1] * (2 if args.lora_dropout else 1) + 2 * e * args.lora_r for t in args.lora.targets
+    )
+    whole, light = tokens * saved_per_token(c, e) + beside, tokens * e * c.dim
+    stream, rows = tokens * e * c.dim, rows_per_chunk(tokens, c.vocab_size, c.dim, e)
+    parts = {
+        "weights": base,
+        "adapters, their gradients and optimizer": trained * (16 + 2 * e) / (shards_of(args, world) if sharded else 1),
+        "activations": min(L, recompute) * light
+        + (L - min(L, recompute)) * whole
+        + (whole if recompute else 0)
+        + tokens * (24 + 4 * c.head_dim)
+        + stream,
+        "loss": 2 * stream + 4 * tokens + min(rows, tokens) * -(-c.vocab_size // 64) * 64 * e,
+        "work of the backward": tokens * backward_per_token(c, e) + (e * c.dim * c.ffn_dim if four else 0),
+    }
+    if sharded and not four:
+        parts["gathered weights"] = e * (root + (L if "shard_grad_op" in args.fsdp else 2) * block)
+    return Plan("some block's backward", parts, world == 1)
 
 
 def moments(c: LlamaConfig, args: TrainArguments, world: int, recompute: int) -> Iterator[Plan]:
@@ -249,9 +288,9 @@ def changes(c: LlamaConfig, args: TrainArguments, world: int) -> Iterator[tuple[
     if world > 1 and ("shard_grad_op" in args.fsdp or (world > per_node() and "hybrid_shard" in args.fsdp)):
         offload = " offload" if "offload" in args.fsdp else ""
         yield "--fsdp full_shard", "weights are gathered more often", change(fsdp="full_shard" + offload), world
-    if not args.split_weights:
+    if not args.split_weights and not args.lora_r:
         yield "--optim adamw_split", "none: the same fp32 weights, in two halves", change(optim="adamw_split"), world
-    if args.optim != "adamw_split_bf16":
+    if args.optim != "adamw_split_bf16" and not args.lora_r:
         price = "moments rounded to bf16, at random"
         yield "--optim adamw_split_bf16", price, change(optim="adamw_split_bf16"), world
     if recomputed(args, c.n_layers) < c.n_layers:
@@ -270,8 +309,12 @@ def changes(c: LlamaConfig, args: TrainArguments, world: int) -> Iterator[tuple[
             text = f"--gradient_accumulation_steps {fewer}"
             more = dataclasses.replace(args, gradient_accumulation_steps=fewer)
             yield f"{gpus} GPUs" + (f" and {text}" if args.gradient_accumulation_steps > 1 else ""), "GPUs", more, gpus
-    if any(f.name == "lora_r" for f in dataclasses.fields(args)) and not getattr(args, "lora_r", 0):
-        yield "--lora_r 8 (at least so much)", "adapters are trained, not the weights", args, 0
+    if not args.lora_r:
+        adapted = dataclasses.replace(args, lora_r=8, optim="adamw_torch")
+        yield "--lora_r 8 --optim adamw_torch", "adapters are trained, not the weights", adapted, world
+        if "offload" not in args.fsdp:
+            packed = dataclasses.replace(adapted, base_bits=4)
+            yield "--base_bits 4", "frozen weights rounded to 4 bits", packed, world
     if "offload" not in args.fsdp:
         yield (
             '--fsdp "full_shard offload"',
@@ -285,7 +328,7 @@ def advice(c: LlamaConfig, args: TrainArguments, world: int, memory: float | Non
     """Lines: what each further change brings the step down to, until it fits into memory bytes (None: all)."""
     lines = []
     for flag, price, changed, gpus in changes(c, args, world):
-        needed = plan(c, changed, gpus).total if gpus else 2.0 * c.n_params()
+        needed = plan(c, changed, gpus).total
         card = next((f"{gb} GB card" for gb, gib in CARDS.items() if needed <= gib * GIB), "no card")
         lines.append(f"  {needed / GIB:7.1f} GiB  {card:11}  {flag}   (cost: {price})")
         if memory is not None and needed <= memory:

@@ -341,3 +341,22 @@ def test_collectives_move_what_the_theory_says(ranks: int, fsdp: str, bf16: bool
         gathered, reduced, gathered_in_theory, reduced_in_theory = json.loads(out)
         assert gathered == pytest.approx(gathered_in_theory)
         assert reduced == pytest.approx(reduced_in_theory)
+
+
+@pytest.mark.parametrize(("bits", "least", "most"), [(4, 4.4e9, 4.93e9), (16, 14.0e9, 15.5e9)])
+def test_adapters_are_planned_from_above(bits: int, least: float, most: float) -> None:
+    """ChatDoctor's LoRA run: over 4 bits 4.93 GB in plain PyTorch (test_nf4.py), which keeps more than the kernels do."""
+    args = TrainArguments(
+        bf16=True,
+        lora_r=8,
+        lora_dropout=0.05,
+        lora_target_modules=("q_proj", "v_proj"),
+        base_bits=bits,
+        per_device_train_batch_size=4,
+        model_max_length=256,
+        gradient_checkpointing=True,
+    )
+    assert least <= planner.plan(PRESETS["7b"], args).tensors <= most
+    shared = [planner.plan(PRESETS["7b"], args, world).parts["weights"] for world in (1, 4)]
+    assert shared[1] == pytest.approx(shared[0] / (4 if bits == 16 else 1), rel=1e-3)
+    assert "--lora_r" not in planner.report(PRESETS["7b"], args, 1)
