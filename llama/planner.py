@@ -315,7 +315,7 @@ def changes(c: LlamaConfig, args: TrainArguments, world: int) -> Iterator[tuple[
         if "offload" not in args.fsdp:
             packed = dataclasses.replace(adapted, base_bits=4)
             yield "--base_bits 4", "frozen weights rounded to 4 bits", packed, world
-    if "offload" not in args.fsdp:
+    if "offload" not in args.fsdp and args.base_bits != 4:
         yield (
             '--fsdp "full_shard offload"',
             "slow: the CPU's memory and update",

@@ -345,7 +345,7 @@ def test_collectives_move_what_the_theory_says(ranks: int, fsdp: str, bf16: bool
 
 @pytest.mark.parametrize(("bits", "least", "most"), [(4, 4.4e9, 4.93e9), (16, 14.0e9, 15.5e9)])
 def test_adapters_are_planned_from_above(bits: int, least: float, most: float) -> None:
-    """ChatDoctor's LoRA run: over 4 bits 4.93 GB in plain PyTorch (test_nf4.py), which keeps more than the kernels do."""
+    """ChatDoctor's LoRA run: over 4 bits 4.93 GB in plain PyTorch (test_nf4.py), which keeps more."""
     args = TrainArguments(
         bf16=True,
         lora_r=8,
