@@ -119,6 +119,16 @@ def loss(V: int, dtype: torch.dtype, weighted: bool) -> None:
     loss.linear_cross_entropy(x, w, targets, token_weights=torch.ones(64) if weighted else None).backward()
 
 
+def adamw(split: bool, moments: torch.dtype) -> None:
+    from kernels import optimizer
+
+    n = 4096
+    weight, low = torch.zeros(n, dtype=torch.bfloat16 if split else torch.float32), torch.zeros(n, dtype=torch.int16)
+    m, v = (torch.zeros(n, dtype=moments) for _ in range(2))
+    numbers = {"keep": 1.0, "rate": 1e-3, "beta1": 0.9, "beta2": 0.999, "root": 1.0, "eps": 1e-8, "seed": 7}
+    optimizer.adamw(weight, low if split else None, torch.zeros_like(weight), m, v, torch.ones(()), **numbers)
+
+
 def scenes(everyday: bool) -> dict[str, Callable[[], None]]:
     """By name. Everyday: bf16 at the sizes of LLaMA, small enough for each run of the tests."""
     found: dict[str, Callable[[], None]] = {}
@@ -143,6 +153,8 @@ def scenes(everyday: bool) -> dict[str, Callable[[], None]]:
             found[f"rope {short} 128"] = partial(rope, 128, dtype)
             found[f"swiglu {short} 11008"] = partial(swiglu, 11008, dtype)
             found[f"loss {short} 32000"] = partial(loss, 32000, dtype, False)
+        if dtype != torch.float16:
+            found[f"adamw split, moments {short}"] = partial(adamw, True, dtype)
         if not everyday:
             found[f"rope {short} 96"] = partial(rope, 96, dtype)
             found[f"loss {short} 128256 weighted"] = partial(loss, 128256, dtype, True)

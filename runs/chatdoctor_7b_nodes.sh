@@ -16,6 +16,8 @@ MODEL=${MODEL:-weights/llama-7b} DATA=${DATA:-data_files} OUT=${OUT:-out/chatdoc
 
 # Without it a restarted rank finds the addresses of the dead ones in torchrun's store (pytorch issue 135712).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+# Asked to stop, torchrun waits so many seconds for the ranks to save before it kills them (its own default is 30).
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${GRACE:-110}
 exec torchrun --nnodes="$NODES" --nproc_per_node="$GPUS" --max-restarts=20 \
   --rdzv_backend=c10d --rdzv_endpoint="$HOST:$PORT" --rdzv_id="$ID" train.py \
   --model_name_or_path "$MODEL" --output_dir "$OUT" --resume_from_checkpoint auto \
