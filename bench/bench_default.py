@@ -43,7 +43,7 @@ def main() -> None:
             "steps": len(steps),
             "tokens": steps[-1]["tokens"],
             "tokens_per_s": round(statistics.median(line["tokens_per_s"] for line in steps)),
-            "eval_perplexity": lines[-1]["eval_perplexity"],
+            "eval_perplexity": next(line["eval_perplexity"] for line in reversed(lines) if "eval_perplexity" in line),
             "named_right": json.loads((out / "examination.json").read_text()),
         }
     print(json.dumps(result, indent=2))

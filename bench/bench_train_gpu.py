@@ -5,9 +5,10 @@
 Full fine-tuning with random weights on records of ChatDoctor's lengths (mean 170 tokens). `packed`: rows of 2,048 that
 are full of records, which ours keeps apart and the others run through each other (they know no packing without
 FlashAttention; it costs them nothing). `padded`: 4 records a micro-batch, padded to their longest, as ChatDoctor
-trained. Each line is a process of its own: it tries micro-batches from large to small until one fits, warms up, and
-times whole steps (forward, backward, clip, update). Tokens are real ones, without padding. Ours keeps exact fp32
-weights in 14 or 10 bytes a parameter; the others fp32 weights under bf16 autocast, in 16, as ChatDoctor did.
+trained. `lora`: ChatDoctor's adapters over a frozen base, in 16 or 4 bits. Each line is a process of its own: it tries
+micro-batches from large to small until one fits, warms up, and times whole steps (forward, backward, clip, update).
+Tokens are real ones, without padding. Ours keeps exact fp32 weights in 14 or 10 bytes a parameter; the others fp32
+weights under bf16 autocast, in 16, as ChatDoctor did.
 
 Writes bench/results/train_<device>.json and prints the table. Without a GPU every line is "not measured"; --device cpu
 --only tiny runs the code on small shapes, to see that it runs.
@@ -35,10 +36,11 @@ from torch import Tensor
 
 from bench import report
 from bench.kernel_work import document_lengths
-from llama import parallel, planner
+from llama import lora, nf4, parallel, planner
 from llama.arguments import TrainArguments
 from llama.chat import IGNORE
 from llama.config import PRESETS, LlamaConfig, to_hf
+from llama.lora_config import LoRAConfig
 from llama.model import Llama
 from llama.optimizer import SplitAdamW, clipped_step
 from llama.parallel import World
@@ -54,10 +56,19 @@ class Line:
     """A row of the table: who trains what, and the micro-batches (rows) to try."""
 
     shape: str
-    who: str  # adamw_split, adamw_split_bf16, transformers, liger
+    who: str  # ours: adamw_split, adamw_split_bf16, lora, lora_4bit; transformers, liger
     content: str  # packed, padded
     recompute: bool
     rows: tuple[int, ...]
+
+    @property
+    def adapters(self) -> bool:
+        """Adapters train, not the weights."""
+        return self.who.startswith("lora")
+
+    @property
+    def is_ours(self) -> bool:
+        return self.adapters or self.who.startswith("adamw")
 
     @property
     def name(self) -> str:
@@ -71,6 +82,8 @@ LINES = [
     Line("7b", "adamw_split_bf16", "packed", False, (8, 4, 2)),
     Line("7b", "adamw_split_bf16", "packed", True, (32, 16)),
     Line("7b", "liger", "packed", True, (8, 4, 2)),
+    Line("7b", "lora", "packed", True, (8, 4, 2)),
+    Line("7b", "lora_4bit", "packed", True, (8, 4, 2)),
     Line("7b", "transformers", "packed", True, (8, 4, 2)),
     Line("7b", "transformers", "padded", True, (PADDED_RECORDS,)),
     Line("llama3.2-3b", "adamw_split", "packed", False, (16, 8, 4)),
@@ -83,6 +96,8 @@ TINY = [
     for who, content, recompute in (
         ("adamw_split", "packed", False),
         ("adamw_split_bf16", "packed", True),
+        ("lora", "packed", True),
+        ("lora_4bit", "packed", False),
         ("transformers", "packed", True),
         ("transformers", "padded", False),
     )
@@ -136,26 +151,42 @@ def batch(config: LlamaConfig, line: Line, rows: int, seed: int, device: torch.d
     )
 
 
-def flops(config: LlamaConfig, lengths: list[int]) -> float:
+def flops(config: LlamaConfig, lengths: list[int], frozen: bool = False) -> float:
     """Forward and backward of documents of these lengths, as train.py counts."""
-    return planner.flops(config, sum(lengths), sum(n * (n + 1) // 2 for n in lengths))
+    return planner.flops(config, sum(lengths), sum(n * (n + 1) // 2 for n in lengths), frozen)
 
 
 Step = Callable[[Batch], None]
 
 
 def ours(config: LlamaConfig, line: Line, device: torch.device) -> Step:
-    world = World(0, 1, device, None)
+    world, unsharded = World(0, 1, device, None), None
     with torch.device("meta"):
         model = Llama(config).to(torch.bfloat16)
-    parallel.prepare(model, model.layers, world, bf16=True, recompute=config.n_layers if line.recompute else 0)
+    if line.adapters:
+        world = parallel.init(device.type, sharded=True)
+        if line.who == "lora_4bit":
+            nf4.replace(model.layers)
+            unsharded = set(model.parameters())
+        lora.apply(model, LoRAConfig(8, 16, 0.05, ("q", "v")))
+    parallel.prepare(
+        model, model.layers, world, bf16=True, recompute=config.n_layers if line.recompute else 0, unsharded=unsharded
+    )
     model.to_empty(device=device)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.fill_(1.0) if name.endswith("norm.weight") else p.normal_(0.0, 0.02)
-    names = {p: name for name, p in model.named_parameters()}
+            if p.is_floating_point():
+                part = parallel.local(p)
+                part.fill_(1.0) if name.endswith("norm.weight") else part.normal_(0.0, 0.02)
+        for packed in (m for m in model.modules() if isinstance(m, nf4.NF4Linear)):
+            packed.fill(0.02 * torch.randn(packed.out_features, packed.in_features, device=device))
+    names = {p: name for name, p in model.named_parameters() if p.requires_grad}
+    optimizer: torch.optim.Optimizer
     moments = torch.bfloat16 if line.who == "adamw_split_bf16" else torch.float32
-    optimizer = SplitAdamW([{"params": list(names)}], names, lr=1e-5, betas=(0.9, 0.999), eps=1e-8, moments=moments)
+    if line.adapters:
+        optimizer = torch.optim.AdamW(names, lr=1e-5, fused=True)
+    else:
+        optimizer = SplitAdamW([{"params": list(names)}], names, lr=1e-5, betas=(0.9, 0.999), eps=1e-8, moments=moments)
 
     def step(b: Batch) -> None:
         loss, count = model(b.tokens, b.targets, b.documents)
@@ -216,7 +247,7 @@ def _measure(config: LlamaConfig, line: Line, rows: int, device: torch.device) -
     torch.manual_seed(0)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    step = (ours if line.who.startswith("adamw") else theirs)(config, line, device)
+    step = (ours if line.is_ours else theirs)(config, line, device)
     batches = [batch(config, line, rows, i, device) for i in range(WARM_UP + STEPS)]
     seconds = []
     for b in batches:
@@ -232,7 +263,7 @@ def _measure(config: LlamaConfig, line: Line, rows: int, device: torch.device) -
         "seconds_a_step": total / len(timed),
         "real_tokens_per_s": tokens / total,
         "slots_per_s": sum(b.tokens.numel() for b in timed) / total,
-        "mfu": sum(flops(config, b.lengths) for b in timed) / total / PEAK_FLOPS if cuda else None,
+        "mfu": sum(flops(config, b.lengths, line.adapters) for b in timed) / total / PEAK_FLOPS if cuda else None,
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else None,
         "planned_bytes": planned(config, line, rows),
         "first_step_seconds": seconds[0],
@@ -241,12 +272,16 @@ def _measure(config: LlamaConfig, line: Line, rows: int, device: torch.device) -
 
 def planned(config: LlamaConfig, line: Line, rows: int) -> float | None:
     """The tensors that train.py --plan expects for such a run of ours."""
-    if not line.who.startswith("adamw"):
+    if not line.is_ours:
         return None
+    adapters = {"lora_r": 8, "lora_dropout": 0.05, "lora_target_modules": ("q", "v")}
+    how = {"optim": line.who}
+    if line.adapters:
+        how = {**adapters, "base_bits": 4 if line.who == "lora_4bit" else 16}
     args = TrainArguments(
         data_path=("bench",),
         bf16=True,
-        optim=line.who,
+        **how,
         packing="epoch",
         model_max_length=min(ROW, config.max_seq_len),
         per_device_train_batch_size=rows,
@@ -271,6 +306,8 @@ def table(found: dict[str, dict[str, Any]]) -> list[str]:
         plan = f"{line['planned_bytes'] / 2**30:.1f} GiB" if line.get("planned_bytes") else "-"
         against = best.get(line["shape"], 0.0) / line["real_tokens_per_s"]
         ratio = "" if line["who"].startswith("adamw") or not against else f"{against:.2f}x"
+        if line["who"].startswith("lora") and against:
+            ratio = f"{1 / against:.2f}x of full fine-tuning's speed"
         lines.append(f"{name:62} {line['real_tokens_per_s']:9,.0f} {mfu:>6} {memory:>9} {plan:>9}  {ratio}".rstrip())
     if (seven := best.get("7b")) is not None:
         hours = ALPACA_TOKENS / seven / 3600

@@ -90,3 +90,16 @@ def test_default_run_is_measured() -> None:
     for title, shares in r["named_right"].items():
         assert f"{shares['model']:7.1%}  {title}" in README
     assert f"{r['named_right']['unseen sentences and sets of symptoms']['model']:.1%}".replace("%", " %") in README
+
+
+def test_moments_and_ranks_are_measured() -> None:
+    moments = json.loads((ROOT / "bench/results/moments_cpu.json").read_text())["results"]
+    assert "held-out loss " + " / ".join(f"{r['held_out_loss']:.3f}" for r in moments.values()) in README
+    ranks = json.loads((ROOT / "bench/results/ranks_cpu.json").read_text())["results"]
+    assert f"| {ranks['efficiency']:.0%}".replace("%", " %") + " of twice one rank's speed |" in README
+
+
+def test_what_saving_costs_is_measured() -> None:
+    saving = json.loads((ROOT / "bench/results/saving_cpu.json").read_text())["results"]
+    shares = [saving[f"train_saves_in_{where}"]["stall_percent"] for where in ("background", "foreground")]
+    assert f"{shares[0]:.1f} % in the background, {shares[1]:.1f} % in the foreground" in README
