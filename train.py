@@ -69,9 +69,6 @@ BUILTIN: dict[str, Any] = {
     "save_total_limit": 1,
 }
 
-# Dense bf16 rates of the data sheets in FLOP/s, for the logged share of them that a run reaches (mfu).
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
-
 
 class NonFinite(ValueError):
     """The loss or the gradient is not a number; the weights are as they were before the step."""
@@ -287,7 +284,7 @@ def speed(run: Run, step: loader.Step, seconds: float) -> dict[str, float]:
     if run.world.device.type == "cuda":
         line["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
         name = torch.cuda.get_device_name()
-        peak = next((rate for key, rate in PEAK_FLOPS.items() if key in name), None)
+        peak = next((rate for key, rate in planner.PEAK_FLOPS.items() if key in name), None)
         if peak is not None:
             line["mfu"] = flops / seconds / run.world.size / peak
     return line
@@ -401,9 +398,9 @@ def due(strategy: str, every: int, run: Run, step: int) -> bool:
     return strategy == "steps" and step % every == 0
 
 
-def with_true_rows(args: TrainArguments, batches: loader.Loader) -> TrainArguments:
+def with_true_rows(args: TrainArguments, longest: loader.Batch) -> TrainArguments:
     """The flags for the planner: of a micro-batch the rows and their length that packing leaves at the most."""
-    B, T = batches.longest()[0].tokens.shape
+    B, T = longest.tokens.shape
     return dataclasses.replace(args, per_device_train_batch_size=B, model_max_length=T)
 
 
@@ -433,8 +430,12 @@ def rehearse(run: Run, done: int, total: int) -> None:
     files = checkpoint.model_files(source.config, source.tokenizer, source.chat_format, source.generation)
     rehearsal.save(run.output_dir, done, tensors, state, files)
     peak = rehearsal.peak_of(run.world.device)
-    planned = planner.plan(source.config, with_true_rows(args, run.batches), run.world.size).tensors / planner.GIB
-    used = "" if peak is None else f"; at most {peak / planner.GIB:.1f} GiB of tensors ({planned:.1f} planned)"
+    used = ""
+    if peak is not None:
+        c, flags, size = source.config, with_true_rows(args, batch), run.world.size
+        recompute = planner.recompute_for(c, flags, size, gpu_memory(run.world))
+        planned = planner.plan(c, flags, size, recompute).tensors
+        used = f"; at most {peak / planner.GIB:.1f} GiB of tensors ({planned / planner.GIB:.1f} planned)"
     shape = " x ".join(map(str, batch.tokens.shape))
     say(run.world, f"rehearsed a batch of {shape}, evaluation and saving in {time.perf_counter() - begin:.1f} s{used}")
 
@@ -591,7 +592,7 @@ def execute(args: TrainArguments, world: World) -> int:
     if args.overwrite_output_dir and not args.resume_from_checkpoint and not world.restarted:
         training_state.on_first_rank(lambda: training_state.forget(output_dir))
     training_state.on_first_rank(lambda: elastic.begin(world.store))
-    model = build_model(with_true_rows(args, batches), source, world)
+    model = build_model(with_true_rows(args, batches.longest()[0]), source, world)
     optimizer = build_optimizer(args, model)
     fill_weights(args, source, model, optimizer)
     run = Run(args, world, source, batches, model, optimizer, output_dir)

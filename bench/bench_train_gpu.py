@@ -47,7 +47,6 @@ from llama.parallel import World
 
 ROW, SUPERVISED, PADDED_RECORDS = 2048, 0.37, 4
 WARM_UP, STEPS = 2, 5
-PEAK_FLOPS = 989e12  # H100, H200: dense bf16, from the data sheets
 ALPACA_TOKENS = 52_002 * 3 * 110  # records, epochs, mean LLaMA tokens of an Alpaca record with its template
 
 
@@ -263,7 +262,9 @@ def _measure(config: LlamaConfig, line: Line, rows: int, device: torch.device) -
         "seconds_a_step": total / len(timed),
         "real_tokens_per_s": tokens / total,
         "slots_per_s": sum(b.tokens.numel() for b in timed) / total,
-        "mfu": sum(flops(config, b.lengths, line.adapters) for b in timed) / total / PEAK_FLOPS if cuda else None,
+        "mfu": sum(flops(config, b.lengths, line.adapters) for b in timed) / total / planner.PEAK_FLOPS["H200"]
+        if cuda
+        else None,
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else None,
         "planned_bytes": planned(config, line, rows),
         "first_step_seconds": seconds[0],

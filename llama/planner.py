@@ -24,6 +24,8 @@ from llama.config import PRESETS, LlamaConfig, from_hf
 GIB = 2**30
 # GiB that torch reports for cards of so many GB (4090 or A10, A100-40, H100 or A100-80, H200).
 CARDS = {24: 23.5, 40: 39.4, 80: 79.1, 141: 139.7}
+# Dense bf16 rates of the data sheets in FLOP/s, for the share of them that a run reaches (mfu).
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 # What no tensor of ours holds. Assumptions, to be replaced by measured figures: CUDA context, modules and cuBLAS
 # workspace; NCCL's buffers; and the share of all tensors that the allocator cannot use for want of one piece.
 CONTEXT, NCCL, FRAGMENTATION = 0.75 * GIB, 1.0 * GIB, 0.05
