@@ -1,4 +1,4 @@
-"""THE seam between the model and its arithmetic: six operations, checked, then sent to an implementation.
+"""THE seam between the model and its arithmetic: seven operations, checked, then sent to an implementation.
 
 Callers say `kernels.attention(...)`; which code runs is chosen per call, reported by describe() and set by use():
 the Triton kernels where they can run, else plain PyTorch (reference.py, which defines the numerics). Tensors and
@@ -12,16 +12,18 @@ import torch
 from torch import Tensor
 
 from kernels import launch, peers, reference
-from kernels.reference import Documents, joined, split
+from kernels.reference import Documents, dequantise, joined, split
 
 __all__ = [
     "BACKENDS",
     "Documents",
     "adamw",
     "attention",
+    "dequantise",
     "describe",
     "joined",
     "linear_cross_entropy",
+    "quantised_linear",
     "rms_norm",
     "rope",
     "split",
@@ -30,6 +32,7 @@ __all__ = [
 ]
 
 BACKENDS = ("auto", "triton", "torch", *peers.NAMES)
+GROUPS = (32, 64, 128)  # numbers that may share a scale, besides a whole row
 
 _wanted = "auto"
 
@@ -246,3 +249,34 @@ def adamw(
         optimizer.adamw(weight, low, gradient, exp_avg, exp_avg_sq, scale, **numbers)
     else:
         reference.adamw(weight, low, gradient, exp_avg, exp_avg_sq, scale, **numbers)
+
+
+def quantised_linear(x: Tensor, codes: Tensor, scales: Tensor, bits: int) -> Tensor:
+    """x (..., in) times a matrix of 4- or 8-bit codes: y (..., out) in x.dtype, no gradient. See reference.dequantise.
+
+    codes uint8 (out, in * bits / 8), two to a byte in 4 bits; scales (out, in / group) of any float type, where a group
+    is of 32, 64 or 128 numbers or the whole row.
+    """
+    _check_codes(x, codes, scales, bits)
+    _check_devices("quantised_linear", x, codes=codes, scales=scales)
+    if torch.is_grad_enabled() and (x.requires_grad or scales.requires_grad):
+        raise ValueError("quantised_linear: it has no gradient, as codes are for inference: call it in torch.no_grad()")
+    return reference.quantised_linear(x, codes, scales, bits)
+
+
+def _check_codes(x: Tensor, codes: Tensor, scales: Tensor, bits: int) -> None:
+    operation = "quantised_linear"
+    if bits not in (4, 8):
+        raise ValueError(f"{operation}: codes of {bits} bits: 4 or 8 are needed")
+    if codes.dtype != torch.uint8 or codes.ndim != 2:
+        raise ValueError(f"{operation}: codes {tuple(codes.shape)} {codes.dtype}: a uint8 matrix is needed")
+    if not x.is_floating_point() or not scales.is_floating_point():
+        raise ValueError(f"{operation}: x is {x.dtype} and scales are {scales.dtype}: floating types are needed")
+    width = codes.shape[1] * 8 // bits
+    if x.shape[-1:] != (width,):
+        raise ValueError(f"{operation}: x {tuple(x.shape)} does not fit {codes.shape[0]} rows of {width} codes")
+    if scales.ndim != 2 or len(scales) != len(codes) or not scales.shape[1] or width % scales.shape[1]:
+        raise ValueError(f"{operation}: scales {tuple(scales.shape)} do not fit {len(codes)} rows of {width} codes")
+    group = width // scales.shape[1]
+    if group not in GROUPS and scales.shape[1] > 1:
+        raise ValueError(f"{operation}: groups of {group} numbers: 32, 64, 128 or a whole row are possible")

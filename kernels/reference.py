@@ -13,6 +13,7 @@ from torch.autograd.function import FunctionCtx
 
 TILE = 128  # query rows per tile where documents or a cache bound what a row may see
 LOGITS_BYTES = 64 * 2**20  # fp32 logits held at a time by linear_cross_entropy
+DEQUANTISED = 2**22  # numbers made from codes at a time: 16 MiB in fp32, whatever the matrix
 ADAMW_NUMBERS = 2**18  # of a parameter at a time: what adamw needs beside it stays in the cache
 
 Documents = tuple[Tensor, Tensor]
@@ -161,6 +162,29 @@ def linear_cross_entropy(
     token_weights, and no second derivative.
     """
     return _LinearCrossEntropy.apply(x, weight, targets, ignore_index, token_weights)
+
+
+def dequantise(codes: Tensor, scales: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """The matrix (out, in) that codes stand for: (u - 2^(bits-1)) * scale of its group, in fp32, rounded once to dtype.
+
+    codes uint8 (out, in * bits / 8), u unsigned. 4 bits: number 2j of a row is the low half of byte j, 2j + 1 the high
+    one, as in the bytes of compressed-tensors' little-endian "pack-quantized" words. scales (out, groups) of any float
+    type and sign: each for in / groups numbers in a row.
+    """
+    rows, groups = scales.shape
+    weight = torch.empty(rows, codes.shape[1] * 8 // bits, dtype=dtype, device=codes.device)
+    some = max(1, DEQUANTISED // max(1, weight.shape[1]))
+    for i in range(0, rows, some):
+        u = codes[i : i + some]
+        u = torch.stack((u & 15, u >> 4), -1) if bits == 4 else u
+        q = u.float().reshape(len(u), groups, -1) - 2 ** (bits - 1)
+        weight[i : i + some] = (q * scales[i : i + some, :, None].float()).flatten(1)
+    return weight
+
+
+def quantised_linear(x: Tensor, codes: Tensor, scales: Tensor, bits: int) -> Tensor:
+    """x (..., in) @ dequantise(codes, scales, bits, x.dtype).T, accumulated in fp32."""
+    return F.linear(x, dequantise(codes, scales, bits, x.dtype))
 
 
 def joined(high: Tensor, low: Tensor) -> Tensor:

@@ -124,6 +124,39 @@ def test_linear_cross_entropy_accumulates_weight_gradients_in_fp32(monkeypatch: 
     assert error <= 6e-3  # 2.6e-3 here; accumulated in bf16 it is 1.5e-2
 
 
+def test_codes_by_hand() -> None:
+    """The layout, byte by byte: low half first, offset 8 or 128, a scale for each group, negative ones too."""
+    codes = torch.tensor([[0x80, 0xF7] + [0x88] * 14 + [0x19] * 16], dtype=torch.uint8)
+    scales = torch.tensor([[0.5, -2.0]])
+    weight = kernels.dequantise(codes, scales, 4, torch.float32)
+    assert weight.shape == (1, 64)
+    assert weight[0, :6].tolist() == [-4.0, 0.0, -0.5, 3.5, 0.0, 0.0]
+    assert weight[0, 30:34].tolist() == [0.0, 0.0, -2.0, 14.0]
+    whole = kernels.dequantise(torch.tensor([[0, 127, 128, 255]], dtype=torch.uint8), scales[:, :1], 8, torch.float16)
+    assert whole.dtype == torch.float16
+    assert whole.tolist() == [[-64.0, -0.5, 0.0, 63.5]]
+    words = torch.tensor([[0x76543210]], dtype=torch.int32).view(torch.uint8)  # as compressed-tensors packs 0..7
+    assert (kernels.dequantise(words, scales[:, :1], 4, torch.float32) * 2 + 8).tolist() == [list(range(8))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("numbers", [1, 200, 2**22])
+def test_dequantise_rounds_once_however_it_is_cut(
+    bits: int, dtype: torch.dtype, numbers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "DEQUANTISED", numbers)
+    q = torch.randint(0, 2**bits, (7, 64), generator=torch.Generator().manual_seed(0))
+    codes = (q if bits == 8 else q[:, ::2] + 16 * q[:, 1::2]).to(torch.uint8)
+    scales = normal(7, 2, seed=1).mul(0.03)
+    exact = (q - 2 ** (bits - 1)) * scales.double().repeat_interleave(32, 1)
+    assert torch.equal(kernels.dequantise(codes, scales, bits, dtype), exact.float().to(dtype))
+    x = normal(2, 3, 64, seed=2, dtype=dtype)
+    got = kernels.quantised_linear(x, codes, scales, bits)
+    assert (got.dtype, got.shape) == (dtype, (2, 3, 7))
+    assert torch.equal(got, F.linear(x, exact.float().to(dtype)))
+
+
 DOCUMENTS = torch.tensor([[0, 0, 0, 3, 3, 5], [0, 1, 1, 1, 1, 1]], dtype=torch.int32)
 
 
@@ -166,6 +199,12 @@ def test_the_gradient_of_linear_cross_entropy_is_the_derivative(
     )
 
 
+def product(**change: Tensor | int) -> Tensor:
+    """A product of two rows of 64 codes in groups of 32, but for one argument."""
+    right = {"x": torch.ones(3, 64), "codes": torch.zeros(2, 32).byte(), "scales": torch.ones(2, 2), "bits": 4}
+    return kernels.quantised_linear(**{**right, **change})
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -188,6 +227,19 @@ def test_the_gradient_of_linear_cross_entropy_is_the_derivative(
             ),
             "linear_cross_entropy: targets on meta",
         ),
+        (lambda: product(bits=3), "codes of 3 bits: 4 or 8"),
+        (lambda: product(codes=torch.zeros(2, 32).char()), r"codes \(2, 32\) torch.int8: a uint8 matrix"),
+        (lambda: product(codes=torch.zeros(64).byte()), "a uint8 matrix"),
+        (lambda: product(x=torch.ones(3, 64).int()), "x is torch.int32 and scales are torch.float32"),
+        (lambda: product(scales=torch.ones(2, 2).int()), "scales are torch.int32"),
+        (lambda: product(x=torch.ones(3, 32)), r"x \(3, 32\) does not fit 2 rows of 64 codes"),
+        (lambda: product(x=torch.ones(())), r"x \(\) does not fit"),
+        (lambda: product(scales=torch.ones(3, 2)), r"scales \(3, 2\) do not fit 2 rows of 64"),
+        (lambda: product(scales=torch.ones(2, 3)), r"scales \(2, 3\) do not fit"),
+        (lambda: product(scales=torch.ones(2, 0)), r"scales \(2, 0\) do not fit"),
+        (lambda: product(scales=torch.ones(2, 4)), "groups of 16 numbers: 32, 64, 128 or a whole row"),
+        (lambda: product(scales=torch.ones(2, 2, device="meta")), "scales on meta, the rest on cpu"),
+        (lambda: product(x=torch.ones(3, 64).requires_grad_()), r"no gradient.*torch.no_grad\(\)"),
         (lambda: kernels.use("cuda"), "no backend 'cuda'"),
     ],
 )
