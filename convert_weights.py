@@ -1,6 +1,6 @@
-"""Weights from one layout to another: Meta or Hugging Face in; Hugging Face, Meta or GGUF out.
+"""Weights from one layout to another: Meta or Hugging Face in; Hugging Face, Meta or GGUF out; quantised if asked.
 
-    python convert_weights.py SRC DST [--to hf|meta|gguf]
+    python convert_weights.py SRC DST [--to hf|meta|gguf] [--dtype bfloat16|int8|int4|...]
 
 SRC is a directory, told apart by what is in it. Tensors go through one at a time; every one is read back from the
 result and compared with the source before DST appears. Nothing in SRC is trusted, and nothing is guessed or skipped:
@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
+import itertools
 import json
 import os
 import re
@@ -25,19 +27,23 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from llama import checkpoint, files
-from llama.chat import ChatFormat
+from data.records import read_records
+from llama import checkpoint, files, quantised_files
+from llama.chat import ChatFormat, render
 from llama.command_line import Parser
 from llama.config import LlamaConfig
 from llama.gguf_files import GGUF, dtype_in_gguf, package, write_gguf
 from llama.hf_files import HuggingFace
 from llama.layout import Entry, entries
 from llama.meta_files import Meta, all_entries, check_shards, write_meta
+from llama.quantize import Scheme, to_json
 from llama.tokenizer import Tokenizer
 from llama.torch_files import DTYPES, same_bits
-from llama.weights import write_weights
+from llama.weights import is_quantised, stored_bytes, write_weights
 
 _TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+QUANTISED = {"int8": 8, "int4": 4}  # what --dtype calls them, and their bits
+CALIBRATION = 128, 512  # dialogues, and tokens of each
 _SLACK = 32 << 20  # bytes for everything but the tensors, when free space is checked
 _LLAMA3_VOCABULARY, _LLAMA3_IDS = 128256, {"bos_token_id": 128000, "eos_token_id": 128001}
 
@@ -84,6 +90,7 @@ class Job:
     tokenizer: Tokenizer | None
     shards: int
     max_shard: int
+    scheme: Scheme | None = None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -118,7 +125,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     p.add_argument("src", type=Path, help="directory: Meta's (params.json, consolidated.NN.pth) or Hugging Face's")
     p.add_argument("dst", type=Path, help="directory to make; for gguf a file")
     p.add_argument("--to", choices=("hf", "meta", "gguf"), default="hf", help="layout to write (default: hf)")
-    p.add_argument("--dtype", choices=tuple(DTYPES.values()), help="number type to write (default: as in SRC)")
+    kinds = (*DTYPES.values(), *QUANTISED)
+    p.add_argument("--dtype", choices=kinds, help="number type to write (default: as in SRC); int8, int4: to hf only")
+    p.add_argument("--group_size", type=int, help="weights that share a scale, with int4: 32, 64 or 128 (default: 64)")
+    p.add_argument(
+        "--calibration", type=Path, metavar="FILE", help="dialogues, in any shape train.py reads, to round int4 well by"
+    )
     p.add_argument("--shards", type=int, default=1, help="model-parallel shards of --to meta (default: 1)")
     p.add_argument("--max_seq_len", type=int, help="context length, where SRC's is unknown or wrong")
     p.add_argument("--tokenizer", type=Path, help="SentencePiece model (default: tokenizer.model in SRC or above it)")
@@ -133,13 +145,20 @@ def convert(args: argparse.Namespace) -> None:
     if args.to == "gguf":
         package()
     job = plan(args)
-    size = sum(_bytes(e, job) for e in _entries(job))
+    if job.scheme is not None:
+        size = stored_bytes(job.config, job.dtype, job.scheme)
+    else:
+        size = sum(_bytes(e, job) for e in _entries(job))
     if args.to == "gguf":
         with _atomic_file(args.dst, size + _SLACK) as file:
             write_gguf(
                 file, _stream(job, size), job.config, _required(job.tokenizer), job.dtype, args.src.resolve().name
             )
             _compare(job, GGUF(file, job.config), size)
+            job.source.check_unchanged()
+    elif job.scheme is not None:
+        with files.atomic_directory(args.dst, size + _SLACK) as directory:
+            _write_quantised(job, job.scheme, directory, args.calibration)
             job.source.check_unchanged()
     else:
         with files.atomic_directory(args.dst, size + _SLACK) as directory:
@@ -175,7 +194,9 @@ def plan(args: argparse.Namespace) -> Job:
     if args.max_seq_len is not None:
         config = dataclasses.replace(config, max_seq_len=args.max_seq_len)
     kinds = {source.dtype(e) for e in entries(config)}
-    dtype = {name: d for d, name in DTYPES.items()}[args.dtype] if args.dtype else _widest(kinds)
+    scheme = find_scheme(args, config)
+    named = {name: d for d, name in DTYPES.items()}
+    dtype = quantised_files.DTYPE if scheme else named[args.dtype] if args.dtype else _widest(kinds)
     if args.to == "meta":
         check_shards(config, args.shards)
     tokenizer = find_tokenizer(args.src, args.tokenizer)
@@ -184,7 +205,47 @@ def plan(args: argparse.Namespace) -> Job:
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         rows = f"the embedding has {config.vocab_size:,} rows"
         raise ValueError(f"{args.src}: the tokenizer has {tokenizer.vocab_size:,} pieces, but {rows}; give --tokenizer")
-    return Job(source, args.to, config, dtype, tokenizer, args.shards, parse_size(args.max_shard_size))
+    if args.calibration is not None:
+        _check_calibration(args.calibration, tokenizer)
+    return Job(source, args.to, config, dtype, tokenizer, args.shards, parse_size(args.max_shard_size), scheme)
+
+
+def find_scheme(args: argparse.Namespace, config: LlamaConfig) -> Scheme | None:
+    """How --dtype and --group_size quantise; None: not at all."""
+    if args.dtype not in QUANTISED:
+        for flag in ("group_size", "calibration"):
+            if getattr(args, flag) is not None:
+                raise ValueError(f"--{flag} {getattr(args, flag)}: only --dtype int4 has it")
+        return None
+    if args.to != "hf":
+        raise ValueError(f"--dtype {args.dtype}: only --to hf can hold it (for GGUF see --dtype q8_0)")
+    bits = QUANTISED[args.dtype]
+    if bits == 8 and args.group_size is not None:
+        raise ValueError(f"--group_size {args.group_size}: int8 has one scale for each row; leave it out")
+    widths = {e.shape[1]: e.hf for e in entries(config) if is_quantised(e)}
+    fits = [g for g in (64, 32) if not any(width % g for width in widths)]
+    scheme = Scheme(bits, 0 if bits == 8 else args.group_size or (fits[0] if fits else 32))
+    for width, name in widths.items():
+        scheme.check(name, width)
+    return scheme
+
+
+def _check_calibration(file: Path, tokenizer: Tokenizer | None) -> None:
+    if tokenizer is None:
+        raise ValueError(f"--calibration {file}: SRC has no SentencePiece tokenizer to read it with")
+    if not file.is_file():
+        raise ValueError(f"--calibration {file}: {'is no file' if file.exists() else 'does not exist'}")
+
+
+def calibration_tokens(job: Job, file: Path) -> list[Tensor]:
+    """Ids (1, T) of the first dialogues of a file, in the source's prompt format, at most CALIBRATION[1] each."""
+    chat_format = checkpoint.load_chat_format(job.source.path)
+    count, length = CALIBRATION
+    dialogues = (r.dialogue for r in read_records(file, instruction=chat_format.instruction))
+    ids = [render(d, chat_format, _required(job.tokenizer))[0][:length] for d in itertools.islice(dialogues, count)]
+    if not ids:
+        raise ValueError(f"--calibration {file}: holds no dialogues")
+    return [torch.tensor([row]) for row in ids]
 
 
 def open_source(path: Path, mmap: bool) -> Source:
@@ -323,27 +384,57 @@ def _compare_config(job: Job, result: LlamaConfig) -> None:
 
 
 def _write_directory(job: Job, directory: Path, size: int) -> None:
-    src = job.source.path
-    chat_format = checkpoint.load_chat_format(src) if (src / "chat_format.json").exists() else None
-    generation = checkpoint.load_generation(src)
     if job.to == "hf":
-        extra = _LLAMA3_IDS if job.tokenizer is None and job.config.vocab_size == _LLAMA3_VOCABULARY else _ids(job)
-        sampling = generation if job.source.kind == "hf" else generation or None  # None: ChatDoctor's
-        texts = checkpoint.model_files(job.config, job.tokenizer, chat_format, sampling, job.dtype, extra)
-        for name, data in texts.items():
-            (directory / name).write_bytes(data)
+        _write_texts(job, directory, {})
         # A generator expression would hold on to a tensor while the next one is made.
         named = map(lambda pair: (pair[0].name, pair[1]), _stream(job, size))  # noqa: C417
         write_weights(directory, named, job.config, job.dtype, job.max_shard)
     else:
-        _copy_prompting(directory, chat_format, generation)
+        _copy_prompting(directory, *_prompting(job))
         if job.tokenizer is not None:
             (directory / "tokenizer.model").write_bytes(job.tokenizer.model_bytes)
         write_meta(directory, _stream(job, size), job.config, job.shards)
+        _copy_tokenizer(job, directory)
+
+
+def _prompting(job: Job) -> tuple[ChatFormat | None, dict[str, Any]]:
+    src = job.source.path
+    chat_format = checkpoint.load_chat_format(src) if (src / "chat_format.json").exists() else None
+    return chat_format, checkpoint.load_generation(src)
+
+
+def _write_texts(job: Job, directory: Path, extra: dict[str, Any]) -> None:
+    """Every file of a Hugging Face directory but the weights; extra: further keys of config.json."""
+    chat_format, generation = _prompting(job)
+    ids = _LLAMA3_IDS if job.tokenizer is None and job.config.vocab_size == _LLAMA3_VOCABULARY else _ids(job)
+    sampling = generation if job.source.kind == "hf" else generation or None  # None: ChatDoctor's
+    texts = checkpoint.model_files(job.config, job.tokenizer, chat_format, sampling, job.dtype, ids | extra)
+    for name, data in texts.items():
+        (directory / name).write_bytes(data)
+    _copy_tokenizer(job, directory)
+
+
+def _copy_tokenizer(job: Job, directory: Path) -> None:
+    """Where no SentencePiece model was found, what there is."""
     if job.tokenizer is None:
         for name in _TOKENIZER_FILES:
-            if (src / name).is_file():
-                (directory / name).write_bytes(files.read_bytes(src / name))
+            if (job.source.path / name).is_file():
+                (directory / name).write_bytes(files.read_bytes(job.source.path / name))
+
+
+def _write_quantised(job: Job, scheme: Scheme, directory: Path, calibration: Path | None) -> None:
+    """A Hugging Face directory of quantised weights."""
+
+    _write_texts(job, directory, {"quantization_config": to_json(scheme)})
+    count = sum(map(is_quantised, entries(job.config)))
+    with tqdm(total=count, desc="rounding", unit=" weights", disable=None) as bar:
+        where = (functools.partial(_read, job), job.config, scheme, lambda: bar.update())
+        batches = None if calibration is None else calibration_tokens(job, calibration)
+        if batches is None:
+            stream = quantised_files.by_rounding(*where)
+        else:
+            stream = quantised_files.by_calibration(*where, batches)
+        quantised_files.write(directory, stream, job.config, scheme, job.max_shard)
 
 
 def _copy_prompting(directory: Path, chat_format: ChatFormat | None, generation: dict[str, Any]) -> None:
@@ -381,6 +472,10 @@ def _summarise(job: Job, dst: Path, size: int) -> None:
     c, s = job.config, job.source
     count = sum(1 for _ in _entries(job))
     kinds = sorted({DTYPES[s.dtype(e)] for e in entries(c)})
+    wrote = DTYPES[job.dtype]
+    if job.scheme is not None:
+        groups = f", a scale for each {job.scheme.group}" if job.scheme.group else ""
+        wrote = f"int{job.scheme.bits}{groups} (embedding{'' if c.tie_embeddings else ', head'} and norms {wrote})"
     print(f"read     {s.label}, {'/'.join(kinds)}: {s.path}")
     print(
         f"model    {c.n_params():,} parameters: {c.n_layers} layers, dim {c.dim}, {c.n_heads} heads, {c.n_kv_heads} "
@@ -396,7 +491,7 @@ def _summarise(job: Job, dst: Path, size: int) -> None:
         what = "1 row of the embedding is" if rows == 1 else f"{rows} rows of the embedding are"
         print(f"note     {what} beyond the tokenizer's {job.tokenizer.vocab_size} pieces; kept")
     name = {"hf": "Hugging Face", "meta": f"Meta, {job.shards} shard{'s' * (job.shards > 1)}", "gguf": "GGUF"}[job.to]
-    print(f"wrote    {name}, {DTYPES[job.dtype]}: {dst} ({_size(size)}, {count} tensors, all read back equal)")
+    print(f"wrote    {name}, {wrote}: {dst} ({_size(size)}, {count} tensors, all read back equal)")
 
 
 def _size(n: int) -> str:

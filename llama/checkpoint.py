@@ -27,6 +27,7 @@ from llama.files import MANIFEST, atomic_directory, read_bytes, read_json, settl
 from llama.hf_tokenizer import tokenizer_files
 from llama.layout import entries
 from llama.model import Llama
+from llama.quantize import Packed, QuantisedLinear, Scheme, empty, from_json, replace, to_json
 from llama.tokenizer import Tokenizer
 from llama.weights import Weights, stored_bytes, write_weights
 
@@ -69,6 +70,16 @@ def load_config(path: str | Path) -> LlamaConfig:
         return from_hf(read_json(path / "config.json"))
     except ValueError as e:
         raise ValueError(str(e) if str(e).startswith(str(path)) else f"{path}/{e}") from None
+
+
+def load_scheme(path: str | Path) -> Scheme | None:
+    """How the weights in a directory are quantised; None: not at all."""
+    file = _directory(path) / "config.json"
+    stated = read_json(file).get("quantization_config")
+    try:
+        return None if stated is None else from_json(stated)
+    except ValueError as e:
+        raise ValueError(f"{file}: {e}") from None
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -121,10 +132,13 @@ def load_model(path: str | Path, device: torch.device | str = "cpu", dtype: torc
         from llama import lora_files
 
         return lora_files.load_training_state(path, config, device, dtype)
-    weights = None if _is_training_state(path) else Weights(path, config)
+    scheme = load_scheme(path)
+    weights = None if _is_training_state(path) else Weights(path, config, scheme)
     with torch.device("meta"), _NoInit():
         model = Llama(config)
     dtype = dtype or (weights.dtype() if weights else torch.float32)
+    if scheme is not None:
+        replace(model.layers, lambda _, linear: empty(linear, scheme, device, dtype), scheme.bits)
     for module in model.modules():  # what to_empty() does, without its import of sympy (0.5 s)
         for name, p in module.named_parameters(recurse=False):
             setattr(module, name, torch.nn.Parameter(torch.empty(p.shape, dtype=dtype, device=device)))
@@ -135,7 +149,9 @@ def load_model(path: str | Path, device: torch.device | str = "cpu", dtype: torc
 def stored_dtype(path: str | Path) -> torch.dtype:
     """The number type that load_model() gives a model by itself."""
     path = _directory(path)
-    return torch.float32 if _is_training_state(path) else Weights(path, load_config(path)).dtype()
+    if _is_training_state(path):
+        return torch.float32
+    return Weights(path, load_config(path), load_scheme(path)).dtype()
 
 
 class _NoInit(TorchFunctionMode):
@@ -162,6 +178,8 @@ def load_weights(model: Llama, path: str | Path, assign: Callable[[nn.Parameter,
     call it, and all raise when one fails.
     """
     path = _directory(path)
+    if load_scheme(path) is not None:
+        raise ValueError(f"{path}: quantised weights do not train; start from the model that they were made of")
     if _is_training_state(path):
         packed = any(not p.is_floating_point() for p in model.parameters())  # nf4.py's
         if packed or (path / ADAPTER_CONFIG).exists():
@@ -202,6 +220,11 @@ def _fill(
         read_tensors(path, {f"model.{name}": p for name, p in parameters}, partial=True)
         return
     weights = weights or Weights(path, model.config)
+    for name, module in model.named_modules():
+        if isinstance(module, QuantisedLinear):
+            packed = weights.read_packed(f"{name}.weight")
+            module.codes.copy_(packed.codes)
+            module.scales.copy_(packed.scales)
     for name, p in parameters:
         if hasattr(p, "device_mesh"):
             from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -249,7 +272,7 @@ def _json(d: dict[str, Any]) -> bytes:
 
 def save_model(
     path: str | Path,
-    tensors: Iterable[tuple[str, Tensor]],
+    tensors: Iterable[tuple[str, Tensor | Packed]],
     config: LlamaConfig,
     tokenizer: Tokenizer | None,
     chat_format: ChatFormat | None,
@@ -257,31 +280,35 @@ def save_model(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     extra: dict[str, Any] | None = None,
+    scheme: Scheme | None = None,
 ) -> None:
     """Write a model directory, whole or not at all; an earlier model at `path` is replaced only if it was saved here.
 
     tensors: (our name, tensor) in layout.entries order, taken one by one, never held together. dtype None: that of
     the first tensor; all are cast to it. Tensors that are not finite after the cast are a ValueError. generation,
-    extra: see model_files. In a process group only one rank calls it (training_state.save_sharded_model for all).
+    extra: see model_files. scheme: of a quantised model, whose blocks' linears come packed. In a
+    process group only one rank calls it (training_state.save_sharded_model for all).
     """
     stream = iter(tensors)
     first = next(stream, None)
     if first is None:
         raise ValueError(f"{path}: there are no tensors to save")
-    dtype = dtype or first[1].dtype
+    dtype = dtype or first[1].dtype  # the embedding's
     if dtype not in _DTYPE_NAMES:
         raise ValueError(f"{path}: cannot save as {dtype}; choose float32, bfloat16 or float16")
+    if scheme is not None:
+        extra = {**(extra or {}), "quantization_config": to_json(scheme)}
     files = model_files(config, tokenizer, chat_format, generation, dtype, extra)
 
-    def whole() -> Iterable[tuple[str, Tensor]]:
+    def whole() -> Iterable[tuple[str, Tensor | Packed]]:
         nonlocal first
         assert first is not None
         yield first
         first = None
         yield from stream
 
-    needed = stored_bytes(config, dtype) + sum(map(len, files.values())) + (1 << 20)
+    needed = stored_bytes(config, dtype, scheme) + sum(map(len, files.values())) + (1 << 20)
     with atomic_directory(path, needed) as directory:
         for name, data in files.items():
             (directory / name).write_bytes(data)
-        write_weights(directory, whole(), config, dtype, max_shard_bytes)
+        write_weights(directory, whole(), config, dtype, max_shard_bytes, scheme)

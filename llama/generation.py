@@ -18,6 +18,7 @@ from llama import few_rows
 from llama.cache import KVCache
 from llama.chat import ChatFormat, Dialogue, Message, render
 from llama.model import Llama
+from llama.quantize import QuantisedLinear, Scheme, nearest
 from llama.sampling import Sampler, SamplingParams
 from llama.tokenizer import Tokenizer
 
@@ -107,7 +108,7 @@ class Context:
 
 
 def _new_cache(model: Llama, rows: int, room: int) -> KVCache:
-    weight = model.embed.weight
+    weight = model.norm.weight  # its number type is that of everything between two products
     return KVCache(model.config, rows, room, device=weight.device, dtype=weight.dtype)
 
 
@@ -334,12 +335,20 @@ def lay_out_for_decoding(model: Llama) -> None:
 
     A tied head gets a module of its own. In fp32 it shares the embedding's memory, transposed: looking up 64 rows then
     takes 0.2 ms instead of 0.02 (32000 x 768), where a copy would cost 98 MB. In bf16 it is a copy in oneDNN's order.
+    The head of a quantised model becomes int8: of all its weights it is the largest, and in 8 bits it loses nothing
+    that can be measured. On a CPU everything between two products is fp32 (few_rows.py).
     """
+    weight = model.embed.weight
+    head = model.head if hasattr(model, "head") else few_rows.linear(weight)
+    if any(isinstance(m, QuantisedLinear) for m in model.modules()):
+        head = QuantisedLinear(nearest(head.weight, Scheme(8, 0)), 8)
     for layer in model.layers:
         few_rows.join(layer.attn, ("q", "k", "v"))
         few_rows.join(layer.mlp, ("gate", "up"))
     few_rows.lay_out(model)
-    if model.config.tie_embeddings and (head := few_rows.faster_linear(model.embed.weight)):
-        model.head = head
-        if isinstance(head, few_rows.SplitLinear):
-            model.embed.weight = head.weight
+    if quicker := few_rows.faster([head]):
+        model.head = quicker
+        if isinstance(quicker, few_rows.SplitLinear) and model.config.tie_embeddings:
+            model.embed.weight = quicker.weight
+    if weight.device.type == "cpu" and weight.dtype in few_rows.NARROW:
+        model.embed = few_rows.FloatEmbedding(weight)

@@ -8,9 +8,10 @@ is eight bytes of header length, a JSON header, and the tensors' bytes in the he
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +20,7 @@ from torch import Tensor
 from llama.config import LlamaConfig
 from llama.files import is_plain, looks_like, read_json
 from llama.layout import Entry, entries
+from llama.quantize import Packed, Scheme
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -33,9 +35,10 @@ _CHUNK = 1 << 22  # elements cast, checked and written at a time: 16 MiB of fp32
 class Weights:
     """The tensors of a directory by our names; opening it checks names, shapes and dtypes against the config."""
 
-    def __init__(self, path: Path, config: LlamaConfig) -> None:
+    def __init__(self, path: Path, config: LlamaConfig, scheme: Scheme | None = None) -> None:
         """ValueError lists what is missing, unexpected or of another shape. Nothing is read yet but headers."""
         self.path = path
+        self._config, self._scheme = config, scheme
         self._where: dict[str, Any] = {}
         seen: dict[str, tuple[Any, Path]] = {}
         for file in _files(path):
@@ -43,7 +46,7 @@ class Weights:
                 if name in seen:
                     raise ValueError(f"{file}: holds {name}, which {seen[name][1].name} holds as well")
                 seen[name] = (opened, file)
-        wanted = {e.hf: e for e in entries(config)}
+        wanted = {t.hf: t for e in entries(config) for t in _tensors(e, scheme)}
         missing = [name for name in wanted if name not in seen]
         unexpected = [name for name in seen if name not in wanted and not _is_redundant(name, config)]
         if missing or unexpected:
@@ -51,22 +54,21 @@ class Weights:
                 f"{path}: the weights do not fit config.json{_list('missing', missing)}"
                 f"{_list('unexpected', unexpected)}"
             )
-        for name, e in wanted.items():
+        for name, t in wanted.items():
             opened, file = seen[name]
             part = opened.get_slice(name)
-            if tuple(part.get_shape()) != e.shape:
-                raise ValueError(f"{file}: {name} is {_by(part.get_shape())}, but config.json makes it {_by(e.shape)}")
-            if part.get_dtype() not in DTYPES:
-                raise ValueError(
-                    f"{file}: {name} is {part.get_dtype()}; only {', '.join(DTYPES)} weights open here "
-                    "(quantised checkpoints do not)"
-                )
-            self._where[e.name] = part
+            if tuple(part.get_shape()) != t.shape:
+                raise ValueError(f"{file}: {name} is {_by(part.get_shape())}, but config.json makes it {_by(t.shape)}")
+            if part.get_dtype() not in t.kinds:
+                raise ValueError(f"{file}: {name} is {part.get_dtype()}; only {', '.join(t.kinds)} is read")
+            self._where[t.name] = part
 
     def dtype(self) -> torch.dtype:
         """The narrowest dtype that holds every tensor exactly; of nearly every checkpoint, the one it is in."""
         widest = None
         for part in self._where.values():
+            if part.get_dtype() not in DTYPES:
+                continue
             dtype = DTYPES[part.get_dtype()]
             widest = dtype if widest is None else torch.promote_types(widest, dtype)
         assert widest is not None
@@ -78,6 +80,45 @@ class Weights:
             return self._where[name][where]
         except (SafetensorError, OSError, RuntimeError) as e:
             raise ValueError(f"{self.path}: {name} cannot be read ({e})") from None
+
+    def read_packed(self, name: str) -> Packed:
+        """A quantised weight. ValueError if it says another shape, or has scales that are not finite."""
+        shape = self.read(f"{name}_shape").tolist()
+        wanted = next(list(e.shape) for e in entries(self._config) if e.name == name)
+        if shape != wanted:
+            raise ValueError(f"{self.path}: {name}_shape says {_by(shape)}, but config.json makes it {_by(wanted)}")
+        scales = self.read(f"{name}_scale")
+        if not _finite(scales):
+            raise ValueError(f"{self.path}: {name}_scale has NaN or infinite values; the weights are damaged")
+        return Packed(self.read(f"{name}_packed").contiguous().view(torch.uint8), scales)
+
+
+class _Tensor(NamedTuple):
+    """One tensor of a file: ours and Hugging Face's name, shape, and the number types that it may have."""
+
+    name: str
+    hf: str
+    shape: tuple[int, ...]
+    kinds: tuple[str, ...] = tuple(DTYPES)
+
+
+def is_quantised(e: Entry) -> bool:
+    """Whether a quantised model stores this weight packed: the linears of the blocks."""
+    return len(e.shape) == 2 and e.name.startswith("layers.")
+
+
+def _tensors(e: Entry, scheme: Scheme | None) -> list[_Tensor]:
+    """The tensors in which a weight is stored: itself, or what compressed-tensors makes of a linear in a block."""
+    if scheme is None or not is_quantised(e):
+        return [_Tensor(e.name, e.hf, e.shape)]
+    out, width = e.shape
+    scheme.check(e.hf, width)
+    parts = (
+        ("packed", (out, width * scheme.bits // 32), ("I32",)),
+        ("scale", (out, scheme.groups(width)), tuple(DTYPES)),
+        ("shape", (2,), ("I64",)),
+    )
+    return [_Tensor(f"{e.name}_{part}", f"{e.hf}_{part}", *rest) for part, *rest in parts]
 
 
 def _is_redundant(name: str, config: LlamaConfig) -> bool:
@@ -136,52 +177,65 @@ def _open(file: Path) -> Iterator[tuple[str, Any]]:
 # --- writing --------------------------------------------------------------------------------------
 
 
-def stored_bytes(config: LlamaConfig, dtype: torch.dtype) -> int:
-    """Bytes that all tensors of a model take in this dtype."""
-    return config.n_params() * dtype.itemsize
+def stored_bytes(config: LlamaConfig, dtype: torch.dtype, scheme: Scheme | None = None) -> int:
+    """Bytes that all tensors of a model take in this dtype, its blocks' linears quantised by a scheme."""
+    return sum(_size(t, dtype) for e in entries(config) for t in _tensors(e, scheme))
 
 
 def write_weights(
-    directory: Path, tensors: Iterable[tuple[str, Tensor]], config: LlamaConfig, dtype: torch.dtype, max_shard: int
+    directory: Path,
+    tensors: Iterable[tuple[str, Tensor | Packed]],
+    config: LlamaConfig,
+    dtype: torch.dtype,
+    max_shard: int,
+    scheme: Scheme | None = None,
 ) -> None:
     """Write a stream of tensors (our names, in layout.entries order) as safetensors, in files of max_shard bytes.
 
-    Each is cast to dtype. Holds one chunk of a tensor at a time beside what the stream holds. ValueError for a tensor
-    that is out of order, of another shape, or not finite after the cast.
+    Each is cast to dtype; what the scheme quantises comes packed. Holds one chunk of a tensor at a time beside what
+    the stream holds. ValueError for a tensor that is out of order, of another shape, or not finite after the cast.
     """
     assert dtype in _NAMES, f"{dtype} cannot be stored"
     stream = iter(tensors)
-    shards = _plan(config, dtype, max_shard)
+    shards = _plan(config, dtype, max_shard, scheme)
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards):
         name = SINGLE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         with open(directory / name, "wb") as f:
-            f.write(_header(shard, dtype))
+            f.write(_header([t for e in shard for t in _tensors(e, scheme)], dtype))
             for e in shard:
                 given, tensor = next(stream, ("nothing", None))
                 if tensor is None or given != e.name:
                     raise ValueError(f"weights: expected {e.name}, got {given}")
-                if tuple(tensor.shape) != e.shape:
-                    raise ValueError(
-                        f"weights: {e.name} is {_by(tensor.shape)}, but the config makes it {_by(e.shape)}"
-                    )
-                for piece in _pieces(e.name, tensor, dtype):
-                    f.write(piece)
-                weight_map[e.hf] = name
-                del tensor  # or it would live on while the stream makes the next one
+                for t, part in zip(_tensors(e, scheme), _parts(e, tensor), strict=True):
+                    if tuple(part.shape) != t.shape:
+                        raise ValueError(
+                            f"weights: {t.name} is {_by(part.shape)}, but the config makes it {_by(t.shape)}"
+                        )
+                    for piece in _pieces(t.name, part, dtype):
+                        f.write(piece)
+                    weight_map[t.hf] = name
+                del tensor, part  # or it would live on while the stream makes the next one
     if (more := next(stream, None)) is not None:
         raise ValueError(f"weights: {more[0]} is not part of this model")
     if len(shards) > 1:
-        index = {"metadata": {"total_size": stored_bytes(config, dtype)}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": stored_bytes(config, dtype, scheme)}, "weight_map": weight_map}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _plan(config: LlamaConfig, dtype: torch.dtype, max_shard: int) -> list[list[Entry]]:
+def _parts(e: Entry, tensor: Tensor | Packed) -> list[Tensor]:
+    """What is stored of a weight, in the order of _tensors()."""
+    if isinstance(tensor, Tensor):
+        return [tensor]
+    return [tensor.codes.contiguous().view(torch.int32), tensor.scales, torch.tensor(e.shape)]
+
+
+def _plan(config: LlamaConfig, dtype: torch.dtype, max_shard: int, scheme: Scheme | None) -> list[list[Entry]]:
     """Tensors in file order, cut where a file would pass max_shard bytes."""
     shards: list[list[Entry]] = [[]]
     size = 0
     for e in entries(config):
-        n = _numel(e) * dtype.itemsize
+        n = sum(_size(t, dtype) for t in _tensors(e, scheme))
         if shards[-1] and size + n > max_shard:
             shards.append([])
             size = 0
@@ -190,19 +244,21 @@ def _plan(config: LlamaConfig, dtype: torch.dtype, max_shard: int) -> list[list[
     return shards
 
 
-def _numel(e: Entry) -> int:
-    n = 1
-    for d in e.shape:
-        n *= d
-    return n
+def _kind(t: _Tensor, dtype: torch.dtype) -> str:
+    """The number type in which a tensor is written."""
+    return _NAMES[dtype] if _NAMES[dtype] in t.kinds else t.kinds[0]
 
 
-def _header(shard: list[Entry], dtype: torch.dtype) -> bytes:
+def _size(t: _Tensor, dtype: torch.dtype) -> int:
+    return math.prod(t.shape) * int(_kind(t, dtype).lstrip("IBF")) // 8
+
+
+def _header(tensors: list[_Tensor], dtype: torch.dtype) -> bytes:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for e in shard:
-        end = offset + _numel(e) * dtype.itemsize
-        header[e.hf] = {"dtype": _NAMES[dtype], "shape": list(e.shape), "data_offsets": [offset, end]}
+    for t in tensors:
+        end = offset + _size(t, dtype)
+        header[t.hf] = {"dtype": _kind(t, dtype), "shape": list(t.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors start at a multiple of 8 bytes
@@ -210,10 +266,10 @@ def _header(shard: list[Entry], dtype: torch.dtype) -> bytes:
 
 
 def _pieces(name: str, tensor: Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
-    """The bytes of a tensor in dtype, a chunk at a time."""
+    """The bytes of a tensor, floating-point numbers in dtype, a chunk at a time."""
     for chunk in tensor.detach().reshape(-1).split(_CHUNK):
-        piece = chunk.to("cpu", dtype).contiguous()
-        if not _finite(piece):
+        piece = chunk.to("cpu", dtype if chunk.is_floating_point() else None).contiguous()
+        if piece.is_floating_point() and not _finite(piece):
             if _finite(chunk):
                 raise ValueError(f"weights: {name} has values too large for {dtype}; save in float32 or bfloat16")
             raise ValueError(f"weights: {name} has NaN or infinite values; they are not saved")

@@ -241,6 +241,7 @@ class Scripted:
     def __init__(self, config: LlamaConfig, ids: Sequence[int]) -> None:
         self.config, self.ids = config, list(ids)
         self.embed = torch.nn.Embedding(1, 1)
+        self.norm = torch.nn.LayerNorm(1)
 
     def __call__(self, tokens: torch.Tensor, cache: KVCache, last_only: bool) -> torch.Tensor:
         cache.advance(tokens.shape[1])
