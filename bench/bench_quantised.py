@@ -1,0 +1,119 @@
+"""What does quantising cost? Held-out perplexity and right answers of a trained model in bf16, int8 and int4.
+
+    python bench/bench_quantised.py [--checkpoint out/tiny] [--groups 32 64 128] [--calibration 128]
+
+The embedded default (`python train.py`): its held-out questions, and calibration by its training dialogues. For each
+number type: naive rounding (a group's largest number sets its scale), nearest by searched scales, and compensated by
+calibration; the head in int8 as decoding has it. Ratios are of perplexity to bf16's. Writes
+bench/results/quantised_cpu.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+from report import RESULTS, write
+
+from data import synthesize
+from data.metrics import share_named_right
+from llama import checkpoint, quantize
+from llama.chat import ChatFormat, Dialogue, render
+from llama.generation import Request, answer_batch, lay_out_for_decoding
+from llama.model import IGNORE, Llama
+from llama.quantize import Packed, Scheme
+from llama.sampling import SamplingParams
+from llama.tokenizer import Tokenizer
+
+GREEDY = SamplingParams(temperature=0.0, repetition_penalty=1.0)
+
+
+def naive(weight: torch.Tensor, scheme: Scheme) -> Packed:
+    """Rounding to the nearest, as it is mostly done: the largest magnitude of a group is the largest whole number."""
+    top = 2 ** (scheme.bits - 1) - 1
+    groups = weight.float().view(len(weight), scheme.groups(weight.shape[1]), -1)
+    scales = (groups.abs().amax(-1, keepdim=True) / top).clamp_min(1e-12).bfloat16()
+    q = (groups / scales.float()).round().clamp(-top - 1, top).to(torch.int8)
+    return Packed(quantize.pack(q.view(weight.shape), scheme.bits), scales.squeeze(-1))
+
+
+@torch.inference_mode()
+def mean_loss(model: Llama, rows: list[tuple[list[int], list[bool]]]) -> float:
+    """Of all supervised tokens."""
+    total, count = 0.0, 0
+    for ids, mask in rows:
+        logits = model(torch.tensor([ids]))[0, :-1].float()
+        targets = torch.tensor([i if m else IGNORE for i, m in zip(ids[1:], mask[1:], strict=True)])
+        total += torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum").item()
+        count += int((targets != IGNORE).sum())
+    return total / count
+
+
+def share_right(model: Llama, tokenizer: Tokenizer, chat_format: ChatFormat, sample: synthesize.Sample) -> float:
+    """Of the held-out questions, how many name the right condition."""
+    asked = sample.held_out_examples
+    prompts = [render(Dialogue(e.dialogue.messages[:1]), chat_format, tokenizer)[0] for e in asked]
+    order = sorted(range(len(asked)), key=lambda i: len(prompts[i]))
+    texts = [""] * len(asked)
+    for at in range(0, len(order), 64):
+        rows = order[at : at + 64]
+        answers = answer_batch(model, tokenizer, [Request(prompts[i], GREEDY, 80) for i in rows])
+        for i, answer in zip(rows, answers, strict=True):
+            texts[i] = answer.text
+    return share_named_right(sample.table, asked, texts)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--checkpoint", default="out/tiny")
+    p.add_argument("--groups", type=int, nargs="*", default=[32, 64, 128])
+    p.add_argument("--calibration", type=int, default=128, help="training dialogues to calibrate with")
+    p.add_argument("--output", type=Path, default=RESULTS / "quantised_cpu.json")
+    args = p.parse_args()
+    model = checkpoint.load_model(args.checkpoint, dtype=torch.bfloat16).eval()
+    tokenizer, chat_format = checkpoint.load_tokenizer(args.checkpoint), checkpoint.load_chat_format(args.checkpoint)
+    sample = synthesize.sample()
+    held_out = [render(d, chat_format, tokenizer) for d in sample.held_out]
+    batches = [torch.tensor([render(d, chat_format, tokenizer)[0]]) for d in sample.train[: args.calibration]]
+
+    def by(rounded: Callable[[torch.Tensor, Scheme], Packed], scheme: Scheme) -> Llama:
+        made = copy.deepcopy(model)
+        quantize.replace(made.layers, lambda _, linear: rounded(linear.weight.detach(), scheme), scheme.bits)
+        return made
+
+    def calibrated(scheme: Scheme) -> Llama:
+        made = copy.deepcopy(model)
+        quantize.calibrate(made, list(made.layers), batches, scheme)
+        return made
+
+    results: list[dict[str, Any]] = []
+
+    def measure(name: str, rounding: str, group: int, made: Llama) -> None:
+        lay_out_for_decoding(made)
+        loss = mean_loss(made, held_out)
+        base = results[0]["loss"] if results else loss
+        right = share_right(made, tokenizer, chat_format, sample)
+        row = {"weights": name, "rounding": rounding, "group": group, "loss": loss}
+        results.append(row | {"perplexity_ratio": math.exp(loss - base), "named_right": right})
+        print(f"{name:9} {rounding:11} {group:4}  x{math.exp(loss - base):.4f}  {right:.1%}", flush=True)
+
+    measure("bfloat16", "", 0, copy.deepcopy(model))
+    for bits, group in ((8, 0), *((4, g) for g in args.groups)):
+        scheme = Scheme(bits, group)
+        measure(f"int{bits}", "naive", group, by(naive, scheme))
+        measure(f"int{bits}", "nearest", group, by(quantize.nearest, scheme))
+        measure(f"int{bits}", "compensated", group, calibrated(scheme))
+    write(args.output, results, held_out_dialogues=len(held_out), calibration_dialogues=len(batches))
+
+
+if __name__ == "__main__":
+    main()
