@@ -243,7 +243,7 @@ def calibration_tokens(job: Job, file: Path) -> list[Tensor]:
     count, length = CALIBRATION
     dialogues = (r.dialogue for r in read_records(file, instruction=chat_format.instruction))
     ids = [render(d, chat_format, _required(job.tokenizer))[0][:length] for d in itertools.islice(dialogues, count)]
-    if not ids:
+    if not ids:  # an empty JSON array
         raise ValueError(f"--calibration {file}: holds no dialogues")
     return [torch.tensor([row]) for row in ids]
 
@@ -335,11 +335,13 @@ def _bytes(e: Entry, job: Job) -> int:
 
 
 def _read(job: Job, e: Entry) -> Tensor:
-    """A tensor of the source in the number type to write, all of it finite."""
+    """A tensor of the source in the number type to write, all of it finite; as it is if it is going to be quantised."""
     t = job.source.read(_source_entry(job, e))
     stored = f"{job.source.path}: {e.hf if job.source.kind == 'hf' else e.meta}"
     if bad := _not_finite(t):
         raise ValueError(f"{stored} has {bad:,} NaN or infinite values; the weights are damaged")
+    if job.scheme is not None and is_quantised(e):
+        return t
     out = t.to(_dtype(job, e))
     if out.dtype != t.dtype and (bad := _not_finite(out)):
         raise ValueError(f"{stored} has {bad:,} values too large for {DTYPES[out.dtype]}; use bfloat16 or float32")

@@ -81,6 +81,8 @@ class HuggingFace:
         """Checks everything that can be known without reading the data. ValueError names file, reason and remedy."""
         self.path = path
         self.config = _config(path)
+        if "quantization_config" in files.read_json(path / "config.json"):
+            raise ValueError(f"{path}: quantised already; convert the model that it was made of")
         self.files, self.label = _open(path, mmap)
         where: dict[str, TensorFile] = {}
         self.ignored: list[str] = []

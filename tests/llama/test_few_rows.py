@@ -7,10 +7,12 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+import kernels
 from llama import few_rows
 from llama.config import LlamaConfig
 from llama.generation import lay_out_for_decoding
 from llama.model import Llama
+from llama.quantize import QuantisedLinear, Scheme, nearest, replace
 
 
 @pytest.fixture(autouse=True)
@@ -38,11 +40,83 @@ def test_split_products_are_linears(
 @pytest.mark.skipif(not few_rows.has_packed(), reason="this torch or CPU has no packed bf16 products")
 @pytest.mark.parametrize("rows", [(1, 1), (8, 1), (1, 40)])
 def test_packed_products_err_no_more_than_linears(rows: tuple[int, int]) -> None:
-    weight, x = random(96, 64).bfloat16(), random(*rows, 64, seed=1).bfloat16()
+    weight, x = random(96, 64).bfloat16(), random(*rows, 64, seed=1)
     exact = nn.functional.linear(x.double(), weight.double())
-    plain = (nn.functional.linear(x, weight).double() - exact).abs().max()
-    packed = (few_rows.PackedLinear(weight)(x).double() - exact).abs().max()
-    assert packed <= 2 * plain
+    plain = (nn.functional.linear(x.bfloat16(), weight).double() - exact).abs().max()
+    for module in (few_rows.PackedLinear(weight), few_rows.NarrowLinear(weight)):
+        y = module(x)
+        assert y.dtype == torch.float32
+        assert (y.double() - exact).abs().max() <= 2 * plain
+
+
+SCHEMES = [Scheme(8, 0), Scheme(4, 32), Scheme(4, 64), Scheme(4, 128)]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("out", [16, 48, 64, 192, 33])
+@pytest.mark.parametrize("rows", [(1, 1), (2, 3), (1, 25), (1, 97), (2, 130)])
+def test_quantised_products_err_no_more_than_bf16_linears(scheme: Scheme, out: int, rows: tuple[int, int]) -> None:
+    weight, x = random(out, 256), random(*rows, 256, seed=1)
+    packed = nearest(weight, scheme)
+    module = few_rows.faster([QuantisedLinear(packed, scheme.bits)])
+    y = module(x)
+    assert y.dtype == torch.float32
+    assert y.shape == (*rows, out)
+    whole = kernels.dequantise(packed.codes, packed.scales, scheme.bits, torch.float64)
+    exact = nn.functional.linear(x.double(), whole)
+    plain = nn.functional.linear(x.bfloat16(), whole.bfloat16()).double()
+    assert (y.double() - exact).square().mean() <= 1.5 * (plain - exact).square().mean()
+
+
+def test_the_order_of_4_bit_codes_is_known_here_or_not_used() -> None:
+    packed = nearest(random(128, 64), Scheme(4, 32))
+    module = few_rows.Int4Linear(packed)
+    if not few_rows.int4_order_is_known():
+        assert not module.legible
+        return
+    whole = kernels.dequantise(packed.codes, packed.scales, 4, torch.bfloat16)
+    assert module.legible
+    assert torch.equal(module._transposed().t(), whole)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES[:3])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_quantised_model_laid_out_gives_the_same_logits(scheme: Scheme, tied: bool) -> None:
+    config = LlamaConfig(64, 2, 4, 2, 128, 100, tie_embeddings=tied)
+    model = Llama(config)
+    model.init_weights(0)
+    model = model.to(torch.bfloat16)
+    replace(model.layers, lambda _, linear: nearest(linear.weight, scheme), scheme.bits)
+    tokens = torch.arange(24).view(2, 12)
+    with torch.inference_mode():
+        before = model(tokens)
+        exact = wide(model)(tokens)
+        lay_out_for_decoding(model)
+        after = model(tokens)
+    assert type(model.head) is few_rows.Int8Linear
+    assert type(model.layers[0].attn.joined) is not QuantisedLinear
+    assert after.dtype == torch.float32
+    assert (after - exact).square().mean() <= 2 * (before - exact).square().mean()
+
+
+def wide(model: Llama) -> Llama:
+    """A quantised model in fp32 with the numbers that its codes stand for."""
+    other = Llama(model.config)
+    for name, m in model.named_modules():
+        if isinstance(m, QuantisedLinear):
+            weight = kernels.dequantise(m.codes, m.scales, m.bits, torch.float32)
+            other.get_submodule(name).weight.data = weight
+        elif hasattr(m, "weight"):
+            other.get_submodule(name).weight.data = m.weight.data.float()
+    return other
+
+
+def test_linears_of_several_kinds_are_not_joined() -> None:
+    parent = nn.Module()
+    parent.a, parent.b = nn.Linear(64, 8, bias=False), QuantisedLinear(nearest(random(8, 64), Scheme(4, 32)), 4)
+    few_rows.join(parent, ("a", "b"))
+    assert not hasattr(parent, "joined")
+    assert type(parent.a) is nn.Linear
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
