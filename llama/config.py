@@ -111,6 +111,8 @@ PRESETS: dict[str, LlamaConfig] = {
     # Sizes of karpathy's llama2.c models, for benches.
     "15m": LlamaConfig(288, 6, 6, 6, 768, 32000, max_seq_len=1024, tie_embeddings=True),
     "110m": LlamaConfig(768, 12, 12, 12, 2048, 32000, max_seq_len=1024, tie_embeddings=True),
+    # TinyLlama (Zhang et al. 2024, arXiv:2401.02385).
+    "1.1b": LlamaConfig(2048, 22, 32, 4, 5632, 32000, max_seq_len=2048),
     # LLaMA 1 (Touvron et al. 2023, arXiv:2302.13971), Llama 2 (arXiv:2307.09288), Llama 3 (arXiv:2407.21783).
     "7b": _llama1(4096, 32, 32, 11008),
     "13b": _llama1(5120, 40, 40, 13824),
