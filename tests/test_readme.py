@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -103,3 +104,13 @@ def test_what_saving_costs_is_measured() -> None:
     saving = json.loads((ROOT / "bench/results/saving_cpu.json").read_text())["results"]
     shares = [saving[f"train_saves_in_{where}"]["stall_percent"] for where in ("background", "foreground")]
     assert f"{shares[0]:.1f} % in the background, {shares[1]:.1f} % in the foreground" in README
+
+
+def test_rows_of_the_table_name_their_own_bench_once() -> None:
+    """A row that says "same" stands below the one whose command made it, and no figure stands there twice."""
+    table = README.split("| what | measured |")[1].split("\n\n")[0].splitlines()[2:]
+    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in table]
+    assert len({row[1] for row in rows}) == len(rows)
+    for above, row in pairwise(rows):
+        if row[2] == "same":
+            assert row[0].split()[0] in (above[0].split()[0], "its"), row
