@@ -33,7 +33,7 @@ from data.tokenise import ROW, Job, token_type, tokenise
 from llama.chat import ChatFormat
 from llama.tokenizer import Tokenizer
 
-VERSION = 2  # of the cache; raise it when the reading of records, the cut or the layout changes
+VERSION = 3  # of the cache; raise it when the reading of records, the cut or the layout changes
 _DATA = ("tokens.bin", "rows.npy", "rejected.jsonl")
 WORKERS_FROM = 4 << 20  # bytes of a file below which starting processes (0.3 s each) costs more than it brings
 

@@ -98,7 +98,7 @@ def read_records(
     """The records of a JSON array or JSON lines file, or the sections of a .txt file, in order, in bounded memory.
 
     pairs: they are preference pairs; two records come of each, first the chosen answer's, then the rejected one's.
-    instruction: system message of records that bring none (iCliniq, messages, ShareGPT); "" for none at all.
+    instruction: system message of records that bring none (input/output, iCliniq, messages, ShareGPT); "" for none.
     answer: the field that is iCliniq's answer. on_bad is given each unusable record and its bytes, and reading goes
     on; without it the first one is raised. BadRecord is raised in any case where nothing after it can be read.
     """
@@ -190,6 +190,8 @@ def _dialogues(value: Any, instruction: str, answer: str) -> list[Dialogue]:
         system = _text(value, "instruction") if "instruction" in value else instruction
         return [_exchange(system, _text(value, "input"), _text(value, answer))]
     if "instruction" in value or "output" in value:
+        if "input" in value and "instruction" not in value:
+            return [_exchange(instruction, _text(value, "input"), _text(value, "output"))]
         return [_alpaca(value)]
     if "text" in value:
         return [_plain(_text(value, "text"))]

@@ -41,6 +41,7 @@ MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "
         ({"instruction": "i", "input": None, "output": "a"}, talk("u:i", "a:a")),
         ({"instruction": "i", "input": " ", "output": "a"}, talk("s:i", "u: ", "a:a")),
         ({"input": "q", "answer_icliniq": "x", "answer_chatgpt": "y", "answer_chatdoctor": "z"}, talk(S, "u:q", "a:x")),
+        ({"input": "q", "output": "a"}, talk(S, "u:q", "a:a")),
         ({"messages": MESSAGES}, talk(S, "u:q", "a:a")),
         ({"messages": [{"role": "system", "content": "s"}, *MESSAGES, *MESSAGES]}, talk("s:s", *["u:q", "a:a"] * 2)),
         ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, talk(S, "u:q", "a:a")),
@@ -65,6 +66,9 @@ def test_the_flags_for_answer_and_instruction(tmp_path: Path) -> None:
         assert record.dialogue == talk("s:be brief", "u:q", f"a:{text}")
     (record,) = read_records(path, instruction="")
     assert record.dialogue == talk("u:q", "a:x")
+    (record,) = read_records(write(tmp_path, {"input": "q", "output": "a"}), instruction="")
+    assert record.dialogue == talk("u:q", "a:a")
+    path = write(tmp_path, value)
     with pytest.raises(BadRecord, match="answer_chatdoctor: is missing"):
         list(read_records(path, answer="answer_chatdoctor"))
 
@@ -96,7 +100,8 @@ BAD: list[tuple[Any, str, str]] = [
     ({**ALPACA, "instruction": {"a": 1}}, "instruction", "is an object; text is wanted"),
     ({**ALPACA, "instruction": ""}, "instruction", "is empty"),
     ({"instruction": "i", "input": "q"}, "output", "is missing"),
-    ({"input": "q", "output": "a"}, "instruction", "is missing"),
+    ({"output": "a"}, "instruction", "is missing"),
+    ({"input": "", "output": "a"}, "input", "is empty"),
     ({**ALPACA, "output": "x\ud800y"}, "output", "is not valid Unicode: lone surrogate \\ud800 at character 1"),
     ({**ALPACA, "output": "x" * (MAX_TEXT + 1)}, "", "has 1,990,003 characters of text; the limit is 1,990,000"),
     ({"input": "q", "answer_chatgpt": "y"}, "answer_icliniq", "is missing"),
