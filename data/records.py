@@ -189,6 +189,8 @@ def _dialogues(value: Any, instruction: str, answer: str) -> list[Dialogue]:
     if "input" in value and "output" not in value and any(a in value for a in {*ANSWERS, answer}):
         system = _text(value, "instruction") if "instruction" in value else instruction
         return [_exchange(system, _text(value, "input"), _text(value, answer))]
+    if "chosen" in value and "rejected" in value and "output" not in value:
+        raise _Unusable("", "is a preference pair; --objective dpo learns from these")
     if "instruction" in value or "output" in value:
         if "input" in value and "instruction" not in value:
             return [_exchange(instruction, _text(value, "input"), _text(value, "output"))]

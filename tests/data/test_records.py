@@ -91,6 +91,7 @@ BAD: list[tuple[Any, str, str]] = [
     ([], "", "is a list; a record is an object"),
     ({}, "", "no known shape (fields: none); wanted"),
     ({"foo": 1, "bar": 2}, "", "no known shape (fields: 'foo', 'bar'); wanted"),
+    ({"prompt": "q", "chosen": "a", "rejected": "b"}, "", "is a preference pair; --objective dpo learns from these"),
     ({**ALPACA, "output": ""}, "output", "is empty"),
     ({**ALPACA, "output": " \n"}, "output", "is blank"),
     ({**ALPACA, "output": 3.5}, "output", "is a number; text is wanted"),
