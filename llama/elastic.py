@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 HUNG = 3  # exit status of a run that a rank kept waiting
 _ROOT = Path(__file__).resolve().parent.parent
@@ -125,6 +126,9 @@ class Stop:
             number, now = byte[0], time.monotonic()
             if number not in self.NUMBERS:
                 continue
+            if not self.signal and os.environ.get("RANK", "0") == "0":
+                again = " (Ctrl-C once more ends at once, unsaved)" if number == signal.SIGINT else ""
+                tqdm.write(f"stopping: this step is finished, then saved{again}", file=sys.stderr)
             self.signal = self.signal or number
             earlier = first.setdefault(number, now)
             patience = {signal.SIGINT: 0.0, signal.SIGTERM: 1.0}.get(signal.Signals(number), float("inf"))

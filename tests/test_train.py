@@ -394,6 +394,10 @@ def test_signals_save_and_print_the_command_that_goes_on(
     done = len(losses(tmp_path / "out"))
     assert 3 <= done < 200
     assert f"stopped after step {done}; out/checkpoint-{done} holds the run" in err
+    said = "stopping: this step is finished, then saved"
+    assert err.count(said) == 1
+    assert err.index(said) < err.index(f"stopped after step {done}")
+    assert ("once more ends at once" in err) == (number == signal.SIGINT)
     command = re.search(r"^Go on with: (.*)$", err, re.M)[1]  # type: ignore[index]
     assert command.endswith(" --resume_from_checkpoint auto")
     assert "overwrite" not in command
