@@ -643,6 +643,10 @@ def main(argv: list[str] | None = None) -> int:
         why = planner.out_of_memory(planner.config_of(args), args, size, memory)
         print(f"error: rank {rank} is out of memory ({planner.first_line(e)}); {why}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before the loop or after it; within, elastic.Stop takes Ctrl-C
+        if rank == 0:
+            print("\ninterrupted", file=sys.stderr)
+        return 130
     finally:
         if not parallel.launched():
             parallel.shutdown()

@@ -407,6 +407,19 @@ def test_signals_save_and_print_the_command_that_goes_on(
         assert losses(tmp_path / "out") == losses(tmp_path / "alone")
 
 
+def test_ctrl_c_before_the_loop_ends_without_a_traceback(
+    flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While data is tokenised, for instance."""
+
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "open_data", interrupt)
+    assert train.main(flags) == 130
+    assert capsys.readouterr().err.endswith("\ninterrupted\n")
+
+
 # --- under torchrun -------------------------------------------------------------------------------
 
 
