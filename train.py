@@ -37,7 +37,7 @@ from llama import (
     rehearsal,
     training_state,
 )
-from llama.arguments import TrainArguments, parse
+from llama.arguments import TrainArguments, changed_flags, parse
 from llama.changes import WeightSample
 from llama.chat import Dialogue, Message, render
 from llama.command_line import LATEST
@@ -355,6 +355,8 @@ def resume(run: Run) -> tuple[int, int]:
     torch.set_rng_state(tensors[f"rng.{run.world.rank}"])
     step = run.batches.restore(state["order"])
     say(run.world, f"resuming after step {step} from {path}")
+    if changed := changed_flags(state["arguments"], run.args):
+        say(run.world, f"  changed since then: {', '.join(changed)}")
     return step, int(state["tokens"])
 
 

@@ -266,6 +266,8 @@ _NOT_NEGATIVE = (
 # Names that other versions of the Hugging Face trainer use for the same thing.
 _ALIASES = {"evaluation_strategy": ["eval_strategy"], "report_to": ["report-to"]}
 
+_OF_A_CALL = ("resume_from_checkpoint", "overwrite_output_dir", "output_dir", "preview", "plan_gpus")  # not of a run
+
 
 def _boolean(text: str) -> bool:
     if text.lower() in ("true", "1", "yes"):
@@ -310,3 +312,18 @@ def parse(argv: list[str], builtin: dict[str, Any]) -> TrainArguments:
     own = "data_path" in given or ("plan" in given and "model_name_or_path" in given)  # a plan needs no data
     defaults = {} if own else builtin
     return TrainArguments(**{**defaults, **given})
+
+
+def changed_flags(before: dict[str, Any], now: TrainArguments) -> list[str]:
+    """What differs between a checkpoint's arguments, as its JSON has them, and a run's: "--flag old -> new"."""
+    lines = []
+    for name, value in dataclasses.asdict(now).items():
+        value = list(value) if isinstance(value, tuple) else value
+        old = before.get(name, value)
+        if old != value and name not in _OF_A_CALL:
+            lines.append(f"--{name} {_words(old)} -> {_words(value)}")
+    return lines
+
+
+def _words(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value) or '""'

@@ -407,6 +407,20 @@ def test_signals_save_and_print_the_command_that_goes_on(
         assert losses(tmp_path / "out") == losses(tmp_path / "alone")
 
 
+def test_flags_that_changed_since_the_checkpoint_are_named(
+    flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*flags, "--save_strategy", "steps", "--save_steps", "6", "--resume_from_checkpoint", "auto"]
+    assert train.main(flags) == 0
+    capsys.readouterr()
+    assert train.main(flags) == 0
+    assert "resuming after step 12" in (err := capsys.readouterr().err)
+    assert "changed since then" not in err
+    assert train.main([*flags, "--max_steps", "14", "--learning_rate", "2e-3"]) == 0
+    err = capsys.readouterr().err
+    assert "\n  changed since then: --max_steps 12 -> 14, --learning_rate 0.001 -> 0.002\n" in err
+
+
 def test_ctrl_c_before_the_loop_ends_without_a_traceback(
     flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
