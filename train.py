@@ -46,7 +46,7 @@ from llama.generation import Request, answer_batch
 from llama.model import Llama
 from llama.optimizer import clipped_step
 from llama.parallel import World
-from llama.runlog import RunLog, draw_loss, say
+from llama.runlog import RunLog, check_installed, draw_loss, say
 from llama.sampling import SamplingParams
 from llama.schedule import learning_rate
 from llama.source import Source, build_model, build_optimizer, fill_weights, gpu_memory, open_source
@@ -576,6 +576,7 @@ def execute(args: TrainArguments, world: World) -> int:
     output_dir = Path(args.output_dir)
     if not world.restarted:
         check_output_dir(args, output_dir)
+    check_installed(args.report_to)
     kernels.use(args.kernels, world.device)
     if args.tf32:
         torch.set_float32_matmul_precision("high")

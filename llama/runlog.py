@@ -7,6 +7,7 @@ matplotlib, tensorboard and wandb are extras.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import secrets
@@ -28,6 +29,13 @@ def say(world: World, text: str) -> None:
     """Text on stderr, from rank 0, above the progress bar."""
     if world.rank == 0:
         tqdm.write(text, file=sys.stderr)
+
+
+def check_installed(report_to: str) -> None:
+    """ValueError if a package that --report_to names is not here; a run asks before it loads anything."""
+    for name in report_to.split(","):
+        if name != "none" and importlib.util.find_spec(name) is None:
+            raise ValueError(f"--report_to {name} needs the package: pip install {name}")
 
 
 class RunLog:
@@ -66,10 +74,8 @@ class RunLog:
 
 
 def _event_writer(folder: Path, first_step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ValueError("--report_to tensorboard needs the package: pip install tensorboard") from None
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(folder), purge_step=first_step + 1)
 
 
@@ -77,10 +83,8 @@ def _wandb_run(output_dir: Path, first_step: int, settings: dict[str, Any]) -> A
     """The run's W&B run, offline unless WANDB_MODE says otherwise. A resumed run goes on under the same id: W&B drops
     steps that it has, which are the same to the bit.
     """
-    try:
-        import wandb
-    except ImportError:
-        raise ValueError("--report_to wandb needs the package: pip install wandb") from None
+    import wandb
+
     note = output_dir / "wandb_run_id"
     known = note.read_text().strip() if first_step and note.exists() else ""
     run_id = known or secrets.token_hex(4)

@@ -272,6 +272,15 @@ def test_bf16_runs_say_how_little_moves_at_a_small_rate(flags: list[str]) -> Non
             assert line["bf16_weights_changed"] < 0.05
 
 
+def test_a_missing_package_is_found_before_anything_is_read(
+    flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert train.main([*flags, "--report_to", "wandb"]) == 2
+    assert capsys.readouterr().err == "error: --report_to wandb needs the package: pip install wandb\n"
+    assert not Path("out").exists()
+
+
 def test_tensorboard_events_are_written(flags: list[str]) -> None:
     assert train.main([*flags, "--max_steps", "2", "--report_to", "tensorboard"]) == 0
     assert list(Path("out/tensorboard").glob("events.out.tfevents.*"))

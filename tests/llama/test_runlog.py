@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from llama import runlog
-from llama.runlog import RunLog, draw_comparison, read_metrics
+from llama.runlog import RunLog, check_installed, draw_comparison, read_metrics
 
 
 class FakeRun:
@@ -63,10 +63,12 @@ def test_wandb_mode_is_the_users(tmp_path: Path, started: list[FakeRun], monkeyp
     assert (started[0].options["mode"], started[0].options["project"]) == ("online", "mine")
 
 
-def test_a_package_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
+    check_installed("none")
+    check_installed("tensorboard")
     with pytest.raises(ValueError, match="--report_to wandb needs the package: pip install wandb"):
-        RunLog(tmp_path, 0, "wandb", {})
+        check_installed("tensorboard,wandb")
 
 
 def run_of(path: Path, rate: float, steps: int = 100, every: int = 2) -> Path:
