@@ -518,7 +518,11 @@ def report_held_out(run: Run, step: int, log: RunLog | None) -> None:
 
 
 def check_output_dir(args: TrainArguments, path: Path) -> None:
-    """ValueError if the run would write over an earlier one that nobody said may go."""
+    """ValueError if the run could not write there, or would write over an earlier one that nobody said may go."""
+    there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        why = "may not be written to" if there.is_dir() else "is a file"
+        raise ValueError(f"--output_dir {path}: {there} {why}")
     if args.resume_from_checkpoint or args.overwrite_output_dir or not path.is_dir():
         return
     if (path / "config.json").exists() or any(path.glob("checkpoint-*")):

@@ -272,6 +272,18 @@ def test_bf16_runs_say_how_little_moves_at_a_small_rate(flags: list[str]) -> Non
             assert line["bf16_weights_changed"] < 0.05
 
 
+def test_an_output_dir_that_cannot_be_is_refused_before_anything_is_read(
+    flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("file").touch()
+    for name in ("file", "file/out"):
+        assert train.main([*flags, "--output_dir", name]) == 2
+        assert capsys.readouterr().err == f"error: --output_dir {name}: {Path('file').absolute()} is a file\n"
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    assert train.main([*flags, "--output_dir", "new/out"]) == 2
+    assert capsys.readouterr().err == f"error: --output_dir new/out: {Path.cwd()} may not be written to\n"
+
+
 def test_a_missing_package_is_found_before_anything_is_read(
     flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
