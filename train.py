@@ -11,7 +11,9 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -542,9 +544,13 @@ def examine(run: Run, sample: synthesize.Sample) -> None:
         for before, e in zip([asked[-1], *asked], asked, strict=False)
     ]
     answers = answer_all(run, alone)
+    columns = shutil.get_terminal_size().columns
     for e, text in list(zip(asked, answers, strict=True))[:3]:
-        say(run.world, f"\nPatient:   {e.question}\nModel:     {text}\nReference: {e.answer}")
+        say(run.world, "")
+        for who, said in (("Patient:", e.question), ("Model:", text), ("Reference:", e.answer)):
+            say(run.world, textwrap.fill(f"{who:11}{said}", columns, subsequent_indent=" " * 11))
     say(run.world, f"\nThe right condition is named in, of {len(asked)} held-out questions each:")
+    say(run.world, f"   model   ranking the table by\n{'symptoms':>19}{'words':>9}")
     shares = {}
     for title, examples, texts in (
         ("unseen sentences and sets of symptoms", asked, answers),
@@ -553,8 +559,7 @@ def examine(run: Run, sample: synthesize.Sample) -> None:
     ):
         named = share_named_right(sample.table, examples, texts)
         by_symptoms, by_words = retrieval_ceiling(sample.table, examples)
-        ceiling = f"(ranking the table by true symptoms: {by_symptoms:.1%}, by the question's words: {by_words:.1%})"
-        say(run.world, f"  {named:6.1%}  {title:38} {ceiling}")
+        say(run.world, f"  {named:6.1%}{by_symptoms:11.1%}{by_words:9.1%}   {title}")
         shares[title] = {"model": named, "ranking_by_symptoms": by_symptoms, "ranking_by_words": by_words}
     (run.output_dir / "examination.json").write_text(json.dumps(shares, indent=2) + "\n")
     run.model.train()

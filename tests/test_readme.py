@@ -89,7 +89,8 @@ def test_default_run_is_measured() -> None:
     r = json.loads((ROOT / "bench/results/default_cpu.json").read_text())["results"]
     assert f"{r['wall_seconds']:.0f} s, {r['tokens_per_s']:,} tokens/s" in README
     for title, shares in r["named_right"].items():
-        assert f"{shares['model']:7.1%}  {title}" in README
+        figures = (shares["model"], shares["ranking_by_symptoms"], shares["ranking_by_words"])
+        assert re.search(r"^ +" + " +".join(f"{f:.1%}" for f in figures) + f"   {title}$", README, re.M)
     assert f"{r['named_right']['unseen sentences and sets of symptoms']['model']:.1%}".replace("%", " %") in README
 
 

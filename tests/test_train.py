@@ -1020,10 +1020,13 @@ def test_no_flags_train_the_builtin_sample_and_examine_it(
     monkeypatch.chdir(tmp_path)
     small = dataclasses.replace(synthesize.RECIPE, n_train=2000, n_held_out=6)
     monkeypatch.setattr(synthesize.sample, "__defaults__", (small,))
+    monkeypatch.setenv("COLUMNS", "80")
     assert train.main(["--max_steps", "2"]) == 0
     err = capsys.readouterr().err
     assert err.count("Patient:   ") == err.count("Reference: ") == 3
-    assert len(re.findall(r"^ +0\.0%  .* \(ranking the table by true symptoms: \d+\.\d%, ", err, re.M)) == 3
+    assert len(re.findall(r"^ +0\.0% +\d+\.\d% +\d+\.\d%   \w", err, re.M)) == 3
+    report = err[err.index("Patient:") :].replace(str(tmp_path), "").splitlines()
+    assert max(map(len, report)) <= 80, "it wraps on a terminal of 80 columns"
     assert "held-out loss" in err
     assert len(json.loads(Path("out/tiny/examination.json").read_text())) == 3
     assert Path("out/tiny/config.json").exists()
