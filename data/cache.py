@@ -34,6 +34,7 @@ from llama.chat import ChatFormat
 from llama.tokenizer import Tokenizer
 
 VERSION = 3  # of the cache; raise it when the reading of records, the cut or the layout changes
+BAR_AFTER = 0.3  # seconds of tokenising that need no progress bar
 _DATA = ("tokens.bin", "rows.npy", "rejected.jsonl")
 WORKERS_FROM = 4 << 20  # bytes of a file below which starting processes (0.3 s each) costs more than it brings
 
@@ -99,7 +100,7 @@ def tokenise_file(
 
     with (
         rejected,
-        tqdm(total=before[0], desc=f"tokenising {path.name}", unit="B", unit_scale=True, disable=not progress) as bar,
+        _bar(path.name, progress, total=before[0], unit="B") as bar,
     ):
         records = read_records(
             path,
@@ -125,8 +126,13 @@ def tokenise_records(
     place = cache_dir / f"{name[:40]}-{key[:16]}" if cache_dir else None
     if place and (cached := _open(place, name, key)):
         return cached
-    bar = tqdm(records, desc=f"tokenising {name}", unit="records", disable=not progress)
+    bar = _bar(name, progress, records, unit=" records")
     return _make(name, key, bar, recipe, place, io.BytesIO(), 1)
+
+
+def _bar(name: str, progress: bool, *what: Iterable[Record], **of: Any) -> tqdm[Any]:
+    """A progress bar for what takes longer than a blink."""
+    return tqdm(*what, desc=f"tokenising {name}", unit_scale=True, delay=BAR_AFTER, disable=not progress, **of)
 
 
 def content_hash(path: Path, cache_dir: Path | None) -> str:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import dropwhile, pairwise
 from typing import Any
 
 import numpy as np
@@ -119,14 +119,14 @@ class Report:
                     lines.append(f"    {count:,} {what}")
         most = max((n for *_, n in self.histogram), default=0)
         lines.append("  tokens a record:")
-        for low, high, n in self.histogram:
+        for low, high, n in dropwhile(lambda bar: not bar[2], self.histogram):
             lines.append(f"    {low:>5}-{high:<5} {'#' * max(bool(n), round(width * n / max(1, most))):<{width}} {n:,}")
         share = 100 * self.supervised / max(1, self.tokens)
         mean = self.tokens / max(1, self.documents)
-        lines.append(
-            f"  {self.tokens:,} tokens (mean {mean:.1f} a record), {self.supervised:,} of them supervised "
-            f"({share:.1f} %); {self.tokens_per_epoch:,} tokens an epoch"
-        )
+        learnt = f"{self.supervised:,} supervised ({share:.1f} %)"
+        lines.append(f"  {self.tokens:,} tokens (mean {mean:.1f} a record), {learnt}")
+        if self.tokens_per_epoch != self.tokens:
+            lines.append(f"  {self.tokens_per_epoch:,} tokens an epoch, by the weights")
         return "\n".join([*lines, *(f"  {n}" for n in self.notes)])
 
 

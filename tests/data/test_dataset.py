@@ -123,14 +123,23 @@ def test_the_report_counts_what_was_left_out(small_tokenizer: Tokenizer, tmp_pat
         "1 without their last question, which has no answer",
     ):
         assert line in text
-    tokens, supervised = int(train.lengths.sum()), int(train.supervised.sum())
-    assert f"{tokens:,} tokens (mean {tokens / 12:.1f} a record), {supervised:,} of them supervised" in text
-    assert f"({100 * supervised / tokens:.1f} %); {2 * tokens:,} tokens an epoch" in text
     assert sum(n for *_, n in report.histogram) == 12
+    tokens, supervised = int(train.lengths.sum()), int(train.supervised.sum())
+    assert f"{tokens:,} tokens (mean {tokens / 12:.1f} a record), {supervised:,} supervised" in text
+    assert f"({100 * supervised / tokens:.1f} %)\n  {2 * tokens:,} tokens an epoch, by the weights" in text
     for low, high, n in report.histogram:
         assert n == ((train.lengths >= low) & (train.lengths <= high)).sum()
     assert train.lengths.max() == 64, "cut at the limit"
     assert not np.isin(small_tokenizer.eos_id, train.document(10)[0]), "no EOS where the answer was cut"
+
+
+def test_the_report_fits_a_terminal() -> None:
+    bars = [(0, 49, 0), (50, 99, 24_000), (100, 149, 0), (150, 199, 1)]
+    report = Report([], 512, 24_001, 428, 22_856_532, 11_236_069, bars, tokens_per_epoch=22_856_532)
+    lines = report.text().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert [line.split()[0] for line in lines[2:5]] == ["50-99", "100-149", "150-199"], "empty bars before the first"
+    assert "an epoch" not in report.text(), "the same number twice"
 
 
 def test_nothing_left_to_train_on(small_tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -297,6 +297,7 @@ def test_processes_and_progress(
     alone, _, _ = build([path], workers=1, progress=False, **kw)
     assert capsys.readouterr() == ("", "")
     monkeypatch.setattr("data.cache.WORKERS_FROM", 0)
+    monkeypatch.setattr("data.cache.BAR_AFTER", 0)
     two, _, _ = build([path], workers=2, **kw)
     out, err = capsys.readouterr()
     assert out == ""
