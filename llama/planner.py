@@ -384,7 +384,7 @@ def report(c: LlamaConfig, args: TrainArguments, world: int) -> str:
     down, up = (n / GIB for n in traffic(c, args, world, accumulation))
     wires = "" if p.alone else f"; each GPU receives {down:.1f} GiB of weights and sends {up:.1f} GiB of gradients"
     attended = args.model_max_length * (args.model_max_length + 1) // 2
-    per_token = flops(c, args.model_max_length, attended) / args.model_max_length
+    per_token = flops(c, args.model_max_length, attended, frozen=args.lora_r > 0) / args.model_max_length
     lines += [
         "",
         f"a step: {per_token:.3g} FLOP a token, one document a row" + wires,

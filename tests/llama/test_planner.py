@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -359,4 +360,7 @@ def test_adapters_are_planned_from_above(bits: int, least: float, most: float) -
     assert least <= planner.plan(PRESETS["7b"], args).tensors <= most
     shared = [planner.plan(PRESETS["7b"], args, world).parts["weights"] for world in (1, 4)]
     assert shared[1] == pytest.approx(shared[0] / (4 if bits == 16 else 1), rel=1e-3)
-    assert "--lora_r" not in planner.report(PRESETS["7b"], args, 1)
+    report = planner.report(PRESETS["7b"], args, 1)
+    assert "--lora_r" not in report
+    per_token = float(re.search(r"a step: (\S+) FLOP a token", report)[1])  # type: ignore[index]
+    assert per_token == pytest.approx(4 * 6.61e9, rel=0.03), "frozen weights have no gradient of their own"
