@@ -277,8 +277,11 @@ def recompute_for(c: LlamaConfig, args: TrainArguments, world: int, memory: floa
 # --- what to change -------------------------------------------------------------------------------
 
 
-def changes(c: LlamaConfig, args: TrainArguments, world: int) -> Iterator[tuple[str, str, TrainArguments, int]]:
-    """(flag, its price, arguments, GPUs): one change after another, each on top of those before, cheapest first."""
+def changes(c: LlamaConfig, args: TrainArguments, world: int) -> Iterator[tuple[str, str, TrainArguments, int, bool]]:
+    """(flag, its price, arguments, GPUs, whether alone): one change after another, cheapest first.
+
+    Each on top of those before; alone: on top of those that are not alone.
+    """
 
     def change(**new: object) -> TrainArguments:
         nonlocal args
@@ -286,51 +289,63 @@ def changes(c: LlamaConfig, args: TrainArguments, world: int) -> Iterator[tuple[
         return args
 
     if not args.bf16:
-        yield "--bf16 True", "none on a GPU: bf16 products over fp32 weights", change(bf16=True), world
+        yield "--bf16 True", "none on a GPU: bf16 products over fp32 weights", change(bf16=True), world, False
     if world > 1 and ("shard_grad_op" in args.fsdp or (world > per_node() and "hybrid_shard" in args.fsdp)):
         offload = " offload" if "offload" in args.fsdp else ""
-        yield "--fsdp full_shard", "weights are gathered more often", change(fsdp="full_shard" + offload), world
+        yield "--fsdp full_shard", "weights are gathered more often", change(fsdp="full_shard" + offload), world, False
     if not args.split_weights and not args.lora_r:
-        yield "--optim adamw_split", "none: the same fp32 weights, in two halves", change(optim="adamw_split"), world
+        price = "none: the same fp32 weights, in two halves"
+        yield "--optim adamw_split", price, change(optim="adamw_split"), world, False
     if args.optim != "adamw_split_bf16" and not args.lora_r:
         price = "moments rounded to bf16, at random"
-        yield "--optim adamw_split_bf16", price, change(optim="adamw_split_bf16"), world
+        yield "--optim adamw_split_bf16", price, change(optim="adamw_split_bf16"), world, False
     if recomputed(args, c.n_layers) < c.n_layers:
         price = "up to a third more work; auto takes the fewest blocks that fit"
-        yield "--gradient_checkpointing True", price, change(gradient_checkpointing=True), world
+        yield "--gradient_checkpointing True", price, change(gradient_checkpointing=True), world, False
     rows, times = args.per_device_train_batch_size, args.gradient_accumulation_steps
     splits = [(n, rows * times // n) for n in range(1, rows * times + 1) if rows * times % n == 0]
     flags = [{"per_device_train_batch_size": n, "gradient_accumulation_steps": m} for n, m in splits]
     best = min(flags, key=lambda new: plan(c, dataclasses.replace(args, **new), world).total)
     if best["per_device_train_batch_size"] != rows:
         price = "shorter products" if best["per_device_train_batch_size"] < rows else "none: no sum over micro-batches"
-        yield " ".join(f"--{k} {v}" for k, v in best.items()), price, change(**best), world
+        yield " ".join(f"--{k} {v}" for k, v in best.items()), price, change(**best), world, False
     if "offload" not in args.fsdp:
         for gpus in (2 * world, 4 * world, 8 * world):
             fewer = max(1, args.gradient_accumulation_steps * world // gpus)
-            text = f"--gradient_accumulation_steps {fewer}"
             more = dataclasses.replace(args, gradient_accumulation_steps=fewer)
-            yield f"{gpus} GPUs" + (f" and {text}" if args.gradient_accumulation_steps > 1 else ""), "GPUs", more, gpus
+            text = f" and --gradient_accumulation_steps {fewer}" if args.gradient_accumulation_steps > 1 else ""
+            yield f"{gpus} GPUs{text}", "GPUs", more, gpus, True
     if not args.lora_r:
         adapted = dataclasses.replace(args, lora_r=8, optim="adamw_torch")
-        yield "--lora_r 8 --optim adamw_torch", "adapters are trained, not the weights", adapted, world
+        yield "--lora_r 8 --optim adamw_torch", "adapters are trained, not the weights", adapted, world, True
         if "offload" not in args.fsdp:
             packed = dataclasses.replace(adapted, base_bits=4)
-            yield "--base_bits 4", "frozen weights rounded to 4 bits", packed, world
+            price = "as before, and the frozen weights rounded to 4 bits"
+            yield "--lora_r 8 --optim adamw_torch --base_bits 4", price, packed, world, True
     if "offload" not in args.fsdp and args.base_bits != 4:
         yield (
             '--fsdp "full_shard offload"',
             "slow: the CPU's memory and update",
             change(fsdp="full_shard offload"),
             world,
+            True,
         )
 
 
 def advice(c: LlamaConfig, args: TrainArguments, world: int, memory: float | None = None) -> list[str]:
-    """Lines: what each further change brings the step down to, until it fits into memory bytes (None: all)."""
-    lines = []
-    for flag, price, changed, gpus in changes(c, args, world):
+    """Lines: what each further change brings the step down to, until it fits into memory bytes (None: all).
+
+    Changes that stand alone and bring nothing are left out.
+    """
+    lines: list[str] = []
+    least, alternatives = plan(c, args, world).total, False
+    for flag, price, changed, gpus, alone in changes(c, args, world):
         needed = plan(c, changed, gpus).total
+        if alone and round(needed / GIB, 1) >= round(least / GIB, 1):
+            continue
+        if alone and not alternatives:
+            lines.append("  and one of these:" if lines else "  one of these:")
+        least, alternatives = (least, True) if alone else (needed, False)
         card = next((f"{gb} GB card" for gb, gib in CARDS.items() if needed <= gib * GIB), "no card")
         lines.append(f"  {needed / GIB:7.1f} GiB  {card:11}  {flag}   (cost: {price})")
         if memory is not None and needed <= memory:
@@ -362,6 +377,7 @@ def report(c: LlamaConfig, args: TrainArguments, world: int) -> str:
     p, sizes = plan(c, args, world), f"{args.per_device_train_batch_size} x {args.model_max_length}"
     accumulation = args.gradient_accumulation_steps
     n = recomputed(args, c.n_layers)
+    width = max(22, *map(len, p.parts))
     lines = [
         f"plan: {args.model_name_or_path}, {c.n_params():,} parameters on {world} GPU{'s' * (world > 1)} ({args.fsdp}, "
         f"{'bf16' if args.bf16 else 'fp32'}, {args.optim})",
@@ -369,11 +385,11 @@ def report(c: LlamaConfig, args: TrainArguments, world: int) -> str:
         f"  fullest moment: {p.moment}",
         "",
         "GiB a GPU",
-        *(f"  {name:22} {size / GIB:8.2f}" for name, size in p.parts.items() if size),
-        f"  {'context and reserve':22} {p.reserve / GIB:8.2f}   (assumed: context {CONTEXT / GIB}, "
+        *(f"  {name:{width}} {size / GIB:8.2f}" for name, size in p.parts.items() if size),
+        f"  {'context and reserve':{width}} {p.reserve / GIB:8.2f}   (assumed: context {CONTEXT / GIB}, "
         + ("" if p.alone else f"NCCL {NCCL / GIB}, ")
         + f"fragmentation {FRAGMENTATION:.0%})",
-        f"  {'total':22} {p.total / GIB:8.2f}",
+        f"  {'total':{width}} {p.total / GIB:8.2f}",
         "",
         "card      as it is   blocks to recompute (--gradient_checkpointing auto)",
     ]
@@ -389,8 +405,8 @@ def report(c: LlamaConfig, args: TrainArguments, world: int) -> str:
         "",
         f"a step: {per_token:.3g} FLOP a token, one document a row" + wires,
         "",
-        "to need less, in order of cost, each beside those before:",
-        *advice(c, args, world),
+        "to need less, in order of cost, each with those above it:",
+        *(advice(c, args, world) or ["  no flag makes it less"]),
     ]
     return "\n".join(lines)
 

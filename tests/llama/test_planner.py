@@ -249,6 +249,26 @@ def test_advice_ends_with_the_first_change_that_fits() -> None:
     assert "out of memory" not in planner.out_of_memory(c, args, 1, None)
 
 
+def test_advice_tells_what_adds_up_from_what_stands_alone() -> None:
+    """Figures of lines that are alternatives do not hold the flags of each other, and none asks for more memory."""
+    c = PRESETS["7b"]
+    for args, world in ((TrainArguments(bf16=True), 1), (TrainArguments(bf16=True, lora_r=8), 2)):
+        lines = planner.advice(c, args, world)
+        border = lines.index("  and one of these:")
+        before, after = ([float(line.split()[0]) for line in part] for part in (lines[:border], lines[border + 1 :]))
+        assert max(after) < before[-1], lines
+    small = TrainArguments(bf16=True, lora_r=8, base_bits=4)
+    assert not any("GPUs" in line for line in planner.advice(c, small, 1)), "4-bit weights are not sharded"
+    lines = planner.advice(c, TrainArguments(bf16=True), 1)
+    assert [line for line in lines if "--base_bits 4" in line and "--lora_r 8" in line], "4 bits are no flag by itself"
+
+
+def test_the_account_is_one_column() -> None:
+    args = TrainArguments(bf16=True, lora_r=8, base_bits=4)
+    account = planner.report(PRESETS["7b"], args, 1).split("GiB a GPU\n")[1].split("\n\n")[0].splitlines()
+    assert len({re.search(r" \d+\.\d\d", line).end() for line in account}) == 1, account  # type: ignore[union-attr]
+
+
 def test_flops_are_six_a_parameter_and_twelve_a_pair() -> None:
     """Counted by torch over a forward and backward of the same documents, products only."""
     from torch.utils.flop_counter import FlopCounterMode
