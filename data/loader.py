@@ -87,6 +87,8 @@ def build(
     report = make_report(files, train, evaluation, max_len)
     if not sum(w * c.size for w, c in zip(weights, chosen, strict=True)):
         raise ValueError(f"no record is left to train on\n{report.text()}")
+    if eval_fraction and not len(evaluation):
+        report.notes.append(f"nothing is held out: no record falls into a share of {eval_fraction:g}; raise it")
     return train, evaluation, report
 
 

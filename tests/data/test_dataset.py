@@ -76,6 +76,14 @@ def test_a_repeated_record_is_not_on_both_sides(small_tokenizer: Tokenizer) -> N
     assert not sides[0] & sides[1]
 
 
+def test_an_empty_held_out_side_is_not_silent(small_tokenizer: Tokenizer) -> None:
+    dialogues = [dialogue(i) for i in range(3)]
+    for fraction, silent in ((0.0, True), (1e-6, False)):
+        _, held, report = make(small_tokenizer, InMemory("a", dialogues), eval_fraction=fraction)
+        assert not len(held)
+        assert ("nothing is held out" not in report.text()) == silent
+
+
 def test_keys_given_by_the_caller_decide_the_side(small_tokenizer: Tokenizer) -> None:
     """Small numbers as keys: groups of ten records stay together, and their share comes out."""
     records = [Record(dialogue(i), i + 1, key=i // 10) for i in range(3000)]
