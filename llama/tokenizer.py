@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import io
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -159,10 +160,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             minloglevel=2,
         )
     except RuntimeError as e:
-        reason = str(e).splitlines()[-1]
-        raise ValueError(
-            f"cannot train a tokenizer of {vocab_size} pieces; give more text, or a trained tokenizer ({reason})"
-        ) from None
+        remedy = "give more text, a trained tokenizer (--tokenizer_path) or a trained model (--model_name_or_path)"
+        most = re.search(r"Please set it to a value <= (\d+)", str(e))
+        why = f"these texts hold {int(most[1]):,}" if most else str(e).splitlines()[-1]
+        raise ValueError(f"cannot train a tokenizer of {vocab_size:,} pieces: {why}; {remedy}") from None
     return Tokenizer(out.getvalue(), "trained tokenizer")
 
 
