@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import textwrap
 from dataclasses import dataclass
 from typing import Any
 
 from llama.chat import DOCTOR_INSTRUCTION, FORMATS
 from llama.command_line import Parser
+from llama.config import PRESETS
 from llama.lora_config import LoRAConfig, target_names
 
 PACKINGS = ("none", "step", "epoch")
@@ -32,7 +34,9 @@ class TrainArguments:
     """Everything train.py can be told."""
 
     # what
-    model_name_or_path: str = flag("tiny", "checkpoint directory, or a preset name to start from random weights")
+    model_name_or_path: str = flag(
+        "tiny", f"checkpoint directory, or a preset to start from random weights ({', '.join(PRESETS)})"
+    )
     data_path: tuple[str, ...] = flag(
         (), "JSON or JSONL files of dialogues or plain texts, .txt files; none: the built-in sample", nargs="+"
     )
@@ -289,12 +293,16 @@ def parse(argv: list[str], builtin: dict[str, Any]) -> TrainArguments:
 
     Exits with 2 and one line on a flag that cannot be used; ValueError for a value.
     """
-    parser = Parser(
-        "train.py", "Fine-tune a LLaMA on dialogues. With no flags: train the tiny model on the built-in sample."
-    )
+    sample = " ".join(f"--{name} {value}" for name, value in builtin.items() if value not in ("", None))
+    about = f"Defaults stand in brackets; those of a run without --data_path are: {sample}"
+    what = "Fine-tune a LLaMA on dialogues. With no flags: train the tiny model on the built-in sample."
+    parser = Parser("train.py", f"{textwrap.fill(what, 79)}\n\n{textwrap.fill(about, 79, break_on_hyphens=False)}")
+    parser.usage = "train.py [--flag value ...]"
     for f in dataclasses.fields(TrainArguments):
         names = [f"--{n}" for n in (f.name, *_ALIASES.get(f.name, ()))]
-        options: dict[str, Any] = {"default": None, "help": f.metadata["help"].replace("%", "%%"), "dest": f.name}
+        shown = "" if f.default is False or f.default in ("", (), None) else f" [{_words(f.default)}]"
+        options: dict[str, Any] = {"default": None, "help": (f.metadata["help"] + shown).replace("%", "%%")}
+        options["dest"] = f.name
         if isinstance(f.default, bool):
             kind = _blocks if f.name == "gradient_checkpointing" else _boolean
             options |= {"type": kind, "nargs": "?", "const": True, "metavar": "BOOL"}
@@ -326,4 +334,4 @@ def changed_flags(before: dict[str, Any], now: TrainArguments) -> list[str]:
 
 
 def _words(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value) or '""'
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value) or '""'

@@ -127,6 +127,20 @@ def test_schedules(kind: str, steps: tuple[int, ...], want: tuple[float, ...]) -
     assert [learning_rate(args, s, 10) for s in steps] == pytest.approx(want)
 
 
+def test_help_tells_the_defaults(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        parse(["--help"], train.BUILTIN)
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    joined = " ".join(text.split())
+    for line in ("peak learning rate [5e-05]", "projections that get adapters: q_proj", "[q_proj v_proj]", "110m, 7b"):
+        assert line in joined
+    assert "those of a run without --data_path are: --chat_format dialogue" in joined
+    assert "--learning_rate 0.004" in joined
+    assert "[False]" not in joined
+
+
 def test_published_command_parses_word_for_word() -> None:
     text = PUBLISHED.format(model="m", data="./HealthCareMagic-200k.json", out="pretrained")
     args = parse(shlex.split(text), {"learning_rate": 1.0})
