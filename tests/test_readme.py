@@ -13,6 +13,7 @@ import pytest
 import convert_weights
 import generate
 from llama.arguments import parse
+from llama.config import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -37,6 +38,14 @@ def test_commands_parse(command: str) -> None:
         generate.parse(flags)
     else:
         convert_weights.parse(flags)
+
+
+def test_presets_are_trained_at_a_rate_that_learns() -> None:
+    """5e-5 for 60 steps of `tiny` on plain text ends at a held-out loss of 7.26, 4e-3 at 4.43 (2026-11-26)."""
+    trained = [parse(shlex.split(c)[2:], {}) for c in COMMANDS if c.startswith("python train.py --model")]
+    rates = [args.learning_rate for args in trained if args.model_name_or_path in PRESETS]
+    assert rates
+    assert min(rates) >= 1e-3
 
 
 def test_python_snippet_compiles() -> None:
