@@ -169,7 +169,8 @@ def open_reference(run: Run) -> None:
     batches, source = run.batches, run.source
     sets = {"train": batches.dataset, "held_out": batches.evaluation}
     start = source.weights or f"{run.args.model_name_or_path}, random, seed {run.args.seed}"
-    identity = preference.identity_of(start, [d.identity for d in sets.values()])
+    base = ["in 4 bits"] if run.args.base_bits == 4 else []
+    identity = preference.identity_of(start, [*(d.identity for d in sets.values()), *base])
 
     def make() -> dict[str, torch.Tensor]:
         say(run.world, "the starting model reads the pairs, once: its log-probabilities are the reference")
@@ -385,11 +386,15 @@ def save_finished(run: Run) -> None:
         source.generation,
         saved_dtype(args),
     )
-    if run.world.rank == 0:
+    if run.world.rank != 0:
+        return
+    draft = LATEST.with_suffix(f".{os.getpid()}")
+    try:
         LATEST.parent.mkdir(parents=True, exist_ok=True)
-        draft = LATEST.with_suffix(f".{os.getpid()}")
         draft.write_text(f"{run.output_dir.resolve()}\n")
         draft.replace(LATEST)
+    except OSError as e:  # the model is there, whatever this directory allows
+        say(run.world, f"{LATEST} does not name the model: it cannot be written ({e.strerror})")
 
 
 # --- the loop -------------------------------------------------------------------------------------
@@ -520,11 +525,17 @@ def report_held_out(run: Run, step: int, log: RunLog | None) -> None:
 
 
 def check_output_dir(args: TrainArguments, path: Path) -> None:
-    """ValueError if the run could not write there, or would write over an earlier one that nobody said may go."""
+    """ValueError if the run could not write there, or would write over an earlier one that nobody said may go, or over
+    what it starts from."""
     there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
         why = "may not be written to" if there.is_dir() else "is a file"
         raise ValueError(f"--output_dir {path}: {there} {why}")
+    start = Path(args.model_name_or_path).resolve()
+    if args.overwrite_output_dir and not args.resume_from_checkpoint and path.resolve() in start.parents:
+        raise ValueError(f"--overwrite_output_dir would remove {start}, which this run starts from: move one of them")
+    if args.lora_r and start == path.resolve():
+        raise ValueError(f"{path}: the merged model would replace the adapters' base; choose another --output_dir")
     if args.resume_from_checkpoint or args.overwrite_output_dir or not path.is_dir():
         return
     if (path / "config.json").exists() or any(path.glob("checkpoint-*")):
@@ -641,7 +652,8 @@ def main(argv: list[str] | None = None) -> int:
         return execute(args, world)
     except ValueError as e:
         remedy = " (--skip_bad_records sets such records aside and goes on)" if isinstance(e, BadRecord) else ""
-        if rank == 0 or isinstance(e, BadBatch):
+        # What one node alone lacks, a file or a device, its first rank says.
+        if rank == 0 or os.environ.get("LOCAL_RANK") == "0" or isinstance(e, BadBatch):
             print(f"error: {e}{remedy}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as e:

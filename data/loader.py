@@ -6,6 +6,7 @@ state is kept, a run resumes by asking for the next step. The only file under da
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -251,17 +252,21 @@ class Loader:
     def longest(self) -> tuple[Batch, int]:
         """A micro-batch as large as any that a step can have, all of it supervised; the most micro-batches of a step.
 
-        As many of the longest records as a step takes are packed: no other step needs more rows. The rows' tokens are a
-        record's, over and over.
+        As many of the longest records as a step takes are packed, each as often as a step can have it: no other step
+        needs more rows. The rows' tokens are a record's, over and over.
         """
-        lengths = np.sort(self.dataset.lengths)[::-1][: self.global_batch]
+        # A step that does not begin with an epoch may touch one epoch more than hold its records.
+        epochs = 1 + -(-(self.global_batch - 1) // self._order.count)
+        times_each = [min(self.global_batch, epochs * math.ceil(w)) for w in self.dataset.weights]
+        repeats = np.repeat(times_each, [d.size for d in self.dataset.by_file()])
+        longest = np.argsort(-self.dataset.lengths, kind="stable")[: self.global_batch]
+        lengths = np.repeat(self.dataset.lengths[longest], repeats[longest])[: self.global_batch]
         B, T, times = self.batch, self.max_len, self.accumulation
         if self.packing == "none":
             T = self._width(int(lengths[0]))
         elif self.packing == "step":
             rows = pack(np.arange(lengths.size), lengths, self.max_len)
-            # An epoch's order may bring a record twice in a step, or a long one again: room for one row more a rank.
-            most = -(-len(rows) // self.world) + (self.global_batch > lengths.size) * self.batch
+            most = -(-len(rows) // self.world)
             B, times = min(B, most), min(times, -(-most // self.batch))
             T = self._width(int(lengths.sum()))
         if self.fixed_shape:

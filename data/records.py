@@ -66,11 +66,14 @@ class RejectedFile:
     def __init__(self, path: str | Path) -> None:
         self.path, self.count = Path(path), 0
         self._file: TextIO | None = None
-        self.path.unlink(missing_ok=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.unlink(missing_ok=True)
+        except OSError as e:
+            raise ValueError(f"{self.path}: cannot write it ({e.strerror})") from None
 
     def __call__(self, bad: BadRecord, raw: bytes) -> None:
         if self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("w", encoding="utf-8")
         text = raw.decode("utf-8", "backslashreplace")
         line = {"reason": bad.reason, "file": bad.path, "record": bad.index, "field": bad.field, "raw": text}

@@ -40,7 +40,8 @@ def sections(text: str) -> list[Section]:
 
 
 def read_sections(path: Path, on_bytes: Callable[[int], None] | None = None) -> Iterator[Item]:
-    """The sections of a UTF-8 text file, numbered from 1; Item.value is a Section. Blank documents are left out.
+    """The sections of a UTF-8 text file, numbered from 1; Item.value is a Section. Blank documents are left out,
+    and blank sections that a document begins with.
 
     A section that is not UTF-8 has a fault; the next ones can be read. ValueError if the file cannot be read.
     """
@@ -67,7 +68,7 @@ def read_sections(path: Path, on_bytes: Callable[[int], None] | None = None) -> 
                     index += 1
                     yield Item(index, line, byte, Section(part, first, last), part, _fault(part))
                 line, byte = line + text.count("\n", 0, rest), byte + len(_bytes(text[:rest]))
-                text, first = text[rest:], last
+                text, first = text[rest:], last or (first and not part.strip())
     except OSError as e:
         raise ValueError(f"{path}: cannot read it ({e.strerror})") from None
 

@@ -171,6 +171,13 @@ class TrainArguments:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"--{name} is {value}; it must be a number, 0 or more")
+        for name in _ABOVE_ZERO:
+            if getattr(self, name) == 0:
+                raise ValueError(f"--{name} is 0; it must be above 0")
+        if self.seed >= 2**63:
+            raise ValueError(f"--seed is {self.seed}; it must be below 2^63")
+        if not self.output_dir:
+            raise ValueError("--output_dir is empty; name a directory")
         if not 0 <= self.eval_fraction < 1:
             raise ValueError(f"--eval_fraction is {self.eval_fraction}; it must be in [0, 1)")
         for name in ("adam_beta1", "adam_beta2", "warmup_ratio"):
@@ -185,9 +192,8 @@ class TrainArguments:
         if self.split_weights and not self.bf16:
             raise ValueError(f"--optim {self.optim} splits bf16 weights: it needs --bf16 True")
         self._check_adapters()
-        if self.beta == 0 or self.label_smoothing >= 0.5:
-            values = f"--beta is {self.beta} and --label_smoothing {self.label_smoothing}"
-            raise ValueError(f"{values}; they must be above 0, and below 0.5")
+        if self.label_smoothing >= 0.5:
+            raise ValueError(f"--label_smoothing is {self.label_smoothing}; it must be below 0.5")
         if self.objective == "dpo" and not self.data_path:
             raise ValueError("--objective dpo needs --data_path: JSON records with prompt, chosen and rejected")
         blocks = self.gradient_checkpointing
@@ -267,6 +273,8 @@ _NOT_NEGATIVE = (
     "plan_gpus",
     "seed",
 )
+# An epsilon of 0 divides 0 by 0 at the embeddings of tokens that a step does not have.
+_ABOVE_ZERO = ("num_train_epochs", "beta", "adam_epsilon")
 # Names that other versions of the Hugging Face trainer use for the same thing.
 _ALIASES = {"evaluation_strategy": ["eval_strategy"], "report_to": ["report-to"]}
 

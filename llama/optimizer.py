@@ -63,7 +63,7 @@ class SplitAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, scale: Tensor | None = None) -> None:
-        """One update; gradients count scale times (an fp32 scalar on their device: what clipping asks for)."""
+        """One update; gradients count scale times (an fp32 scalar on any device: what clipping asks for)."""
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             for p in group["params"]:
@@ -73,8 +73,7 @@ class SplitAdamW(torch.optim.Optimizer):
                 state["step"] += 1
                 t = int(state["step"])
                 weight = local(p)
-                if scale is None:
-                    scale = torch.ones((), device=weight.device)
+                scale = torch.ones((), device=weight.device) if scale is None else scale.to(weight.device)
                 kernels.adamw(
                     weight.view(-1),
                     local(state["low"]).view(-1),

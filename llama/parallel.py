@@ -48,8 +48,8 @@ def init(device: str = "auto", *, sharded: bool = False, hybrid: bool = False, t
     """Join the process group that torchrun describes; alone, make a group of one only if `sharded`.
 
     hybrid: weights are sharded within a node (LOCAL_WORLD_SIZE ranks) and copied from node to node. timeout: seconds
-    that elastic.Watch will wait, less than collectives do. ValueError if CUDA is asked for and not there, or the nodes
-    are of different sizes.
+    that elastic.Watch will wait, less than collectives do. ValueError if CUDA is asked for and not there, a node
+    has fewer GPUs than ranks, or the nodes are of different sizes.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"--device {device!r} is not auto, cpu or cuda")
@@ -60,6 +60,13 @@ def init(device: str = "auto", *, sharded: bool = False, hybrid: bool = False, t
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     if hybrid and size % per_node:
         raise ValueError(f"--fsdp hybrid_shard: {size} ranks are no whole number of nodes of {per_node}")
+    if launched() and not all(name in os.environ for name in ("MASTER_ADDR", "MASTER_PORT")):
+        raise ValueError(
+            "RANK and WORLD_SIZE are set, but not MASTER_ADDR and MASTER_PORT: unset them, or use torchrun"
+        )
+    if kind == "cuda" and per_node > torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise ValueError(f"{per_node} processes on a machine with {found} GPU(s): torchrun --nproc_per_node={found}")
     here = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(here)

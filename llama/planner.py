@@ -62,12 +62,15 @@ def config_of(args: TrainArguments) -> LlamaConfig:
     if name in PRESETS and not Path(name).is_dir():
         return PRESETS[name]
     try:
-        return from_hf(json.loads((Path(name) / "config.json").read_text()))
-    except (OSError, json.JSONDecodeError) as e:
+        found = json.loads((Path(name) / "config.json").read_text())
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds {type(found).__name__}, not an object")
+    except (OSError, ValueError) as e:
         raise ValueError(
             f"--model_name_or_path {name!r} is neither a preset ({', '.join(PRESETS)}) nor a directory with a "
             f"config.json that can be read ({e})"
         ) from None
+    return from_hf(found)
 
 
 # --- sizes ----------------------------------------------------------------------------------------

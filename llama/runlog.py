@@ -44,11 +44,14 @@ class RunLog:
     def __init__(self, output_dir: Path, first_step: int, report_to: str, settings: dict[str, Any]) -> None:
         """report_to: names of train.py's flag. settings: what the run was told, for those who show it."""
         self.path = output_dir / "metrics.jsonl"
-        output_dir.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_metrics(self.path) if line["step"] <= first_step] if first_step else []
         draft = self.path.with_suffix(".tmp")
-        draft.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(draft, self.path)
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            draft.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            os.replace(draft, self.path)
+        except OSError as e:
+            raise ValueError(f"{self.path}: cannot write it ({e.strerror})") from None
         names = report_to.split(",")
         self._events = _event_writer(output_dir / "tensorboard", first_step) if "tensorboard" in names else None
         self._wandb = _wandb_run(output_dir, first_step, settings) if "wandb" in names else None
@@ -101,15 +104,18 @@ def _wandb_run(output_dir: Path, first_step: int, settings: dict[str, Any]) -> A
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The objects of a metrics.jsonl; a last line that a kill left unfinished is left out."""
+    """The objects of a metrics.jsonl up to the first line that is none, as a kill may have left the last one."""
     if not path.exists():
         return []
-    lines = []
-    for text in path.read_text().splitlines():
+    lines: list[dict[str, Any]] = []
+    for text in path.read_text(errors="replace").splitlines():
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except json.JSONDecodeError:
             break
+        if not (isinstance(line, dict) and isinstance(line.get("step"), int)):
+            break
+        lines.append(line)
     return lines
 
 

@@ -9,6 +9,7 @@ pointer file to go stale, and what is newest is found by looking.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -269,10 +270,13 @@ class _Save:
 
 
 def _fits(tensors: dict[str, Tensor]) -> bool:
-    """Whether every node has free memory for copies of what its ranks hold, and a tenth of it to spare."""
+    """Whether every node has free memory for copies of what its ranks hold, and a tenth of it to spare; no, where
+    nothing says what is free."""
     held = sum((t.to_local() if hasattr(t, "to_local") else t).nbytes for t in tensors.values())
-    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(fields["MemAvailable"].split()[0]) * 1024
+    free = 0
+    with contextlib.suppress(OSError):  # not Linux
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(fields["MemAvailable"].split()[0]) * 1024
     return all(together(lambda: held * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) < 0.9 * free))
 
 

@@ -187,7 +187,12 @@ def test_builtin_defaults_hold_only_without_data() -> None:
         (["--lora_r", "8", "--bf16", "--optim", "adamw_split"], "adapters are few, use --optim adamw_torch"),
         (["--lora_r", "8", "--base_bits", "4", "--fsdp", "offload"], "4-bit weights are not sharded"),
         (["--objective", "dpo"], "needs --data_path"),
-        (["--beta", "0"], "must be above 0"),
+        (["--beta", "0"], "--beta is 0; it must be above 0"),
+        (["--label_smoothing", "0.5"], "must be below 0.5"),
+        (["--adam_epsilon", "0"], "--adam_epsilon is 0; it must be above 0"),
+        (["--num_train_epochs", "0"], "--num_train_epochs is 0; it must be above 0"),
+        (["--seed", str(2**63)], "it must be below 2^63"),
+        (["--output_dir", ""], "--output_dir is empty"),
         (["--evaluation_strategy", "steps", "--data_path", "a"], "give --eval_fraction"),
         (["--kernels", "triton", "--device", "cpu", "--output_dir", "out/none"], "triton was asked for, but"),
         (
@@ -748,6 +753,8 @@ def test_bad_records_are_named_or_set_aside(
         (["--data_path", "nowhere.json"], "nowhere.json"),
         (["--device", "tpu"], "not auto, cpu or cuda"),
         (["--resume_from_checkpoint", "nowhere"], "nowhere"),
+        (["--output_dir", __file__, "--rehearse", "False"], "metrics.jsonl: cannot write it (File exists)"),
+        (["--output_dir", __file__, "--skip_bad_records"], "rejected.jsonl: cannot write it (File exists)"),
         (["--tokenizer_path", __file__, "--model_name_or_path", "tiny"], "not a SentencePiece model"),
     ],
 )
@@ -768,6 +775,52 @@ def test_finished_model_is_not_overwritten_by_accident(flags: list[str], capsys:
     assert train.main([*flags, "--overwrite_output_dir", "--max_steps", "3"]) == 0
     assert len(losses(Path("out"))) == 3
     assert not list(Path("out").glob("checkpoint-*")), "a later resume must not find the earlier run"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("--model_name_or_path out/checkpoint-2 --overwrite_output_dir", "--overwrite_output_dir would remove "),
+        ("--model_name_or_path out --overwrite_output_dir --lora_r 4", "would replace the adapters' base"),
+    ],
+)
+def test_what_a_run_starts_from_is_not_overwritten_by_it(
+    flags: list[str], change: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main([*flags, "--max_steps", "2", "--save_strategy", "steps", "--save_steps", "2"]) == 0
+    assert train.main([*flags, *change.split()]) == 2
+    assert message in capsys.readouterr().err
+    for kept in ("out/checkpoint-2", "out"):
+        checkpoint.load_model(kept)
+
+
+def test_a_model_that_cannot_be_named_latest_is_saved_all_the_same(
+    flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("out").touch()
+    assert train.main([*flags, "--max_steps", "2", "--output_dir", "other"]) == 0
+    assert "out/latest does not name the model: it cannot be written (File exists)" in capsys.readouterr().err
+    assert checkpoint.load_model("other")
+
+
+@pytest.mark.parametrize("line", ['{"loss": 1.0}', "5", "\udcff"])
+def test_foreign_lines_in_the_metrics_do_not_stop_a_resume(flags: list[str], line: str) -> None:
+    assert train.main([*flags, "--max_steps", "4", "--save_strategy", "steps", "--save_steps", "4"]) == 0
+    with Path("out/metrics.jsonl").open("a", errors="surrogateescape") as f:
+        f.write(line + "\n")
+    assert train.main([*flags, "--max_steps", "6", "--resume_from_checkpoint", "auto"]) == 0
+    assert [step for step, *_ in losses(Path("out"))] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(("rank", "local", "speaks"), [(0, 0, True), (1, 1, False), (4, 0, True)])
+def test_errors_are_said_once_a_node(
+    rank: int, local: int, speaks: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is missing on the second node alone is no error of rank 0."""
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("LOCAL_RANK", str(local))
+    assert train.main(["--fp16"]) == 2
+    assert ("error: --fp16" in capsys.readouterr().err) == speaks
 
 
 # --- plain text and preference pairs --------------------------------------------------------------
@@ -817,6 +870,17 @@ def test_pairs_move_the_model_to_the_chosen_answers(
     assert "log-probabilities are the reference" not in capsys.readouterr().err, "they were kept"
 
 
+def test_the_reference_is_the_base_in_the_bits_that_it_has(
+    flags: list[str], pairs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In an output_dir where a run over the 16-bit base has left its reference."""
+    flags = [*flags, "--objective", "dpo", "--data_path", str(pairs), "--lora_r", "4", "--max_steps", "1"]
+    for bits in ("16", "4"):
+        assert train.main([*flags, "--base_bits", bits, "--overwrite_output_dir"]) == 0
+        assert "log-probabilities are the reference" in capsys.readouterr().err
+        assert losses(Path("out"))[0][1] == pytest.approx(0.693147, abs=1e-5)
+
+
 def test_two_ranks_learn_from_pairs_as_one(flags: list[str], pairs: Path, tmp_path: Path) -> None:
     flags = [*flags, "--objective", "dpo", "--data_path", str(pairs), "--max_steps", "8"]
     assert train.main([*flags, "--output_dir", "one"]) == 0
@@ -864,6 +928,9 @@ def test_plan_is_printed_before_anything_is_opened(
     assert list(tmp_path.iterdir()) == []
     assert train.main(["--plan", "--model_name_or_path", "nowhere"]) == 2
     assert re.fullmatch(r"error: --model_name_or_path 'nowhere' is neither a preset .*\n", capsys.readouterr().err)
+    (tmp_path / "config.json").write_text("[]")
+    assert train.main(["--plan", "--model_name_or_path", str(tmp_path)]) == 2
+    assert "(it holds list, not an object)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("text", "value"), [("True", True), ("no", False), ("1", True), ("3", 3), ("auto", "auto")])
@@ -937,6 +1004,22 @@ def test_no_batch_is_larger_than_the_rehearsed_one(start: Path, dialogues: Path,
             for b in (b for step in steps for b in step.micro_batches):
                 assert b.tokens.shape[0] <= longest.tokens.shape[0]
                 assert b.tokens.shape[1] <= longest.tokens.shape[1]
+
+
+@pytest.mark.parametrize("weight", [1.0, 2.0, 1.5])
+def test_a_step_may_hold_its_longest_record_twice(start: Path, tmp_path: Path, weight: float) -> None:
+    """At the border of two epochs, or within one of a weight above 1: it then needs a row more."""
+    lines = [{"instruction": "pain " * n, "output": "rest"} for n in (72, 1, 1, 1, 1)]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    tokenizer, chat_format = checkpoint.load_tokenizer(start), checkpoint.load_chat_format(start)
+    source = {"tokenizer": tokenizer, "chat_format": chat_format, "max_len": 160, "workers": 1}
+    data, _, _ = loader.build([tmp_path / "d.jsonl"], weights=[weight], **source)
+    assert 2 * data.lengths.max() > 160 > data.lengths.max() + 3 * data.lengths.min()
+    part = loader.Loader(data, max_len=160, batch=4, packing="step")
+    rows = [sum(b.tokens.shape[0] for b in part.step(i).micro_batches) for i in range(40)]
+    assert max(rows) >= 2
+    longest, times = part.longest()
+    assert longest.tokens.shape[0] * times >= max(rows)
 
 
 @pytest.mark.parametrize("packing", ["none", "step"])

@@ -37,6 +37,13 @@ def documents(path: Path) -> list[str]:
     return found
 
 
+def test_blank_sections_at_the_start_do_not_take_the_beginning_away(tmp_path: Path) -> None:
+    path = tmp_path / "book.txt"
+    path.write_text("\n" * (2 * text.SECTION) + "Chapter one.")
+    (item,) = read_sections(path)
+    assert (item.value.text.strip(), item.value.first, item.value.last) == ("Chapter one.", True, True)
+
+
 @pytest.fixture
 def small_sections(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text, "SECTION", 16)

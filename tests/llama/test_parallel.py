@@ -90,3 +90,22 @@ def test_nodes_of_different_sizes_cannot_be_hybrid(monkeypatch: pytest.MonkeyPat
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="hybrid_shard: 3 ranks are no whole number of nodes of 2"):
         parallel.init("cpu", hybrid=True)
+
+
+def test_ranks_without_a_launcher_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(ValueError, match="but not MASTER_ADDR and MASTER_PORT: unset them, or use torchrun"):
+        parallel.init("cpu")
+
+
+def test_more_ranks_than_gpus_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"4 processes on a machine with 2 GPU\(s\): torchrun --nproc_per_node=2"):
+        parallel.init("auto")
