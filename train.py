@@ -1,21 +1,19 @@
 """Fine-tune a LLaMA on dialogues: `python train.py`, or ChatDoctor's own `torchrun ... train.py` line.
 
-The whole run reads downwards: what it starts from, data, one step, saving, the loop. Every loss is the sum over the
-supervised tokens of the global batch divided by their number, so it does not matter how a batch is split over rows,
-micro-batches or ranks. Progress goes to stderr, metrics to <output_dir>/metrics.jsonl.
+The whole run reads downwards: the reference of preference data, one step, the loop, and what stands around it. Every
+loss is the sum over the supervised tokens of the global batch divided by their number, so it does not matter how a
+batch is split over rows, micro-batches or ranks. Progress goes to stderr, metrics to <output_dir>/metrics.jsonl.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
-import shutil
 import sys
-import textwrap
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,37 +22,32 @@ import torch
 from tqdm import tqdm
 
 import kernels
-from data import loader, synthesize
-from data.metrics import retrieval_ceiling, share_named_right
+from data import examination, loader, synthesize
 from data.prefetch import Ahead
-from data.records import BadRecord, RejectedFile, read_records
-from llama import (
-    checkpoint,
-    elastic,
-    lora,
-    lora_files,
-    parallel,
-    planner,
-    preference,
-    rehearsal,
-    training_state,
-)
-from llama.arguments import TrainArguments, changed_flags, parse
+from data.records import BadRecord
+from data.training import open_batches, open_data, training_texts
+from llama import checkpoint, elastic, lora, parallel, planner, preference, rehearsal
+from llama.arguments import TrainArguments, parse
 from llama.changes import WeightSample
-from llama.chat import Dialogue, Message, render
-from llama.command_line import LATEST
 from llama.elastic import Stop
-from llama.generation import Request, answer_batch
-from llama.model import Llama
+from llama.generation import answer_greedily
 from llama.optimizer import clipped_step
 from llama.parallel import World
+from llama.run_state import (
+    Training,
+    check_output_dir,
+    resume,
+    save_finished,
+    save_state,
+    saved_dtype,
+    state_tensors,
+)
 from llama.runlog import RunLog, check_installed, draw_loss, say
-from llama.sampling import SamplingParams
+from llama.saver import Saved, Saver
 from llama.schedule import learning_rate
-from llama.source import Source, build_model, build_optimizer, fill_weights, gpu_memory, open_source
-from llama.training_state import Saved, Saver
-
-TOKEN_CACHE = ".cache/tokens"
+from llama.source import build_model, build_optimizer, fill_weights, gpu_memory, open_source
+from llama.together import on_first_rank
+from llama.training_state import forget
 
 # `python train.py`: the tiny model on the built-in sample. What the numbers were chosen by is in docs/log.md.
 BUILTIN: dict[str, Any] = {
@@ -81,16 +74,10 @@ class BadBatch(NonFinite):
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Training):
     """Everything that the loop works with."""
 
-    args: TrainArguments
-    world: World
-    source: Source
     batches: loader.Loader
-    model: Llama
-    optimizer: torch.optim.Optimizer
-    output_dir: Path
 
     @property
     def reports(self) -> tuple[str, ...]:
@@ -98,70 +85,7 @@ class Run:
         return preference.REPORTED if self.args.pairs else ()
 
 
-# --- data -----------------------------------------------------------------------------------------
-
-
-def training_texts(args: TrainArguments) -> Iterable[str]:
-    """What a tokenizer is trained on: every message of the first 50,000 records of each file, bad ones passed over.
-
-    Of long texts no more than 50 million characters a file; SentencePiece passes over lines of more than 4,192 bytes.
-    """
-    for file in args.data_path:
-        left, choices = 50_000_000, {"answer": args.answer, "pairs": args.pairs}
-        records = read_records(file, instruction=args.instruction or "", on_bad=lambda bad, raw: None, **choices)
-        for _, record in zip(range(50_000), records, strict=False):
-            for text in (m.content for m in record.dialogue.messages):
-                yield from (text[i : i + 1000] for i in range(0, len(text), 1000)) if len(text) > 4000 else (text,)
-                left -= len(text)
-            if left < 0:
-                break
-
-
-def open_data(
-    args: TrainArguments, source: Source, sample: synthesize.Sample | None, world: World
-) -> tuple[loader.Dataset, loader.Dataset, loader.Report]:
-    """Training and held-out records, and the report on them. Tokenised by rank 0; the others open its cache."""
-    common: dict[str, Any] = {
-        "tokenizer": source.tokenizer,
-        "chat_format": source.chat_format,
-        "max_len": args.model_max_length,
-        "cache_dir": args.cache_dir or TOKEN_CACHE,
-        "progress": world.rank == 0,
-        "workers": args.num_workers or None,
-    }
-
-    def build() -> tuple[loader.Dataset, loader.Dataset, loader.Report]:
-        if sample is not None:
-            held, _, _ = loader.build([loader.InMemory("built-in sample, held out", sample.held_out)], **common)
-            train, _, report = loader.build([loader.InMemory("built-in sample", sample.train)], **common)
-            return train, held, dataclasses.replace(report, held_out=len(held))
-        choices: dict[str, Any] = {"weights": args.data_weights or None, "answer": args.answer, "pairs": args.pairs}
-        choices["eval_fraction"] = args.eval_fraction
-        if not args.skip_bad_records:
-            return loader.build(args.data_path, **choices, **common)
-        if world.rank != 0:  # rank 0 has written them down
-            return loader.build(args.data_path, on_bad=lambda bad, raw: None, **choices, **common)
-        with RejectedFile(Path(args.output_dir) / "rejected.jsonl") as rejected:
-            return loader.build(args.data_path, on_bad=rejected, **choices, **common)
-
-    return parallel.first_alone(world, build)
-
-
-def open_batches(args: TrainArguments, train: loader.Dataset, held: loader.Dataset, world: World) -> loader.Loader:
-    """This rank's batches: a pure function of the seed and the step."""
-    return loader.Loader(
-        train,
-        batch=args.per_device_train_batch_size,
-        accumulation=args.gradient_accumulation_steps,
-        max_len=args.row_length,
-        rank=world.rank,
-        world=world.size,
-        packing=args.packing,
-        seed=args.seed,
-        evaluation=held,
-        eval_batch=args.per_device_eval_batch_size,
-        fixed_shape=args.torch_compile,
-    )
+# --- the reference of preference data -------------------------------------------------------------
 
 
 def open_reference(run: Run) -> None:
@@ -293,110 +217,6 @@ def speed(run: Run, step: loader.Step, seconds: float) -> dict[str, float]:
     return line
 
 
-# --- saving and resuming --------------------------------------------------------------------------
-
-
-def state_tensors(run: Run) -> dict[str, torch.Tensor]:
-    """Everything of a run that trains and is a tensor: weights, moments, step counts, this rank's generator."""
-    tensors: dict[str, torch.Tensor] = {}
-    for name, p in run.model.named_parameters():
-        if not p.requires_grad:
-            continue
-        tensors[f"model.{name}"] = p.detach()
-        for key, value in run.optimizer.state[p].items():
-            tensors[f"optimizer.{name}.{key}"] = value
-    tensors[f"rng.{run.world.rank}"] = torch.get_rng_state()
-    return tensors
-
-
-def save_state(run: Run, saver: Saver, step: int, tokens: int) -> Path:
-    """checkpoint-<step>/: everything that the next step depends on, and the files that make it a model directory."""
-    source = run.source
-    adapter, base = run_adapter(run)
-    return saver.save(
-        step,
-        state_tensors(run),
-        {
-            "order": run.batches.state(step),
-            "tokens": tokens,
-            "arguments": dataclasses.asdict(run.args),
-            "world": run.world.size,
-            "torch": torch.__version__,
-            "base": base,
-        },
-        checkpoint.model_files(source.config, source.tokenizer, source.chat_format, source.generation) | adapter,
-    )
-
-
-def run_adapter(run: Run) -> tuple[dict[str, bytes], str | None]:
-    """The adapters' configuration as a file, and what tells their base from others; of a run without, nothing."""
-    if not run.args.lora_r:
-        return {}, None
-    assert run.source.weights is not None
-    return lora_files.config_file(run.args.lora, run.source.weights), lora_files.fingerprint(run.source.weights)
-
-
-def resume(run: Run) -> tuple[int, int]:
-    """Steps done and tokens seen: those of the checkpoint that --resume_from_checkpoint means, or 0 and 0.
-
-    When torchrun has started the run again it is the newest in output_dir, whatever the flags say.
-    """
-    wanted, path = run.args.resume_from_checkpoint, None
-    if wanted == "auto" or run.world.restarted:
-        path = training_state.latest_training_state(run.output_dir)
-    if path is None and wanted not in ("", "auto"):
-        path = Path(wanted)
-    if path is None:
-        return 0, 0
-    tensors = state_tensors(run)
-    state = training_state.load_training_state(path, tensors)
-    if state.get("base") != run_adapter(run)[1]:
-        raise ValueError(f"{path}: its adapters belong to another base than {run.args.model_name_or_path}")
-    for name in ("lora_alpha", "lora_dropout", "base_bits") if run.args.lora_r else ():
-        if (before := state["arguments"][name]) != (now := getattr(run.args, name)):
-            raise ValueError(f"{path}: {name} changed: {before} in the checkpoint, {now} now")
-    torch.set_rng_state(tensors[f"rng.{run.world.rank}"])
-    step = run.batches.restore(state["order"])
-    say(run.world, f"resuming after step {step} from {path}")
-    if changed := changed_flags(state["arguments"], run.args):
-        say(run.world, f"  changed since then: {', '.join(changed)}")
-    return step, int(state["tokens"])
-
-
-def saved_dtype(args: TrainArguments) -> torch.dtype:
-    """The number type of the finished model."""
-    return getattr(torch, args.save_dtype if args.save_dtype != "auto" else "bfloat16" if args.bf16 else "float32")
-
-
-def save_finished(run: Run) -> None:
-    """The finished model at output_dir, in the Hugging Face layout; out/latest names it. Adapters folded in, and by
-    themselves in output_dir/adapter."""
-    args, source = run.args, run.source
-    tensors = parallel.full_tensors(run.model, run.optimizer.master if args.split_weights else parallel.local)
-    if args.lora_r:
-        assert source.weights is not None
-        lora_files.save_adapter(run.output_dir / "adapter", run.model, args.lora, source.weights, source.chat_format)
-        tensors = lora.merged_tensors(run.model)
-    training_state.save_sharded_model(
-        run.output_dir,
-        tensors,
-        source.config,
-        source.tokenizer,
-        source.chat_format,
-        source.generation,
-        saved_dtype(args),
-    )
-    if run.world.rank != 0:
-        return
-    draft = LATEST.with_suffix(f".{os.getpid()}")
-    try:
-        LATEST.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(f"{run.output_dir.resolve()}\n")
-        draft.replace(LATEST)
-    except OSError as e:  # the model is there, whatever this directory allows
-        say(run.world, f"{LATEST} does not name the model: it cannot be written ({e.strerror})")
-
-
 # --- the loop -------------------------------------------------------------------------------------
 
 
@@ -453,13 +273,13 @@ def train(run: Run, stop: Stop, steps: Ahead[loader.Step]) -> bool:
     """The loop; whether it reached its end (else it was asked to stop, and saved where it was)."""
     args = run.args
     total = args.max_steps if args.max_steps > 0 else run.batches.total_steps(args.num_train_epochs)
-    done, tokens = resume(run)
+    done, tokens = resume(run, run.batches.restore)
     if args.rehearse and done < total:
         rehearse(run, done, total)
     settings = dataclasses.asdict(args)
     log = RunLog(run.output_dir, done, args.report_to, settings) if run.world.rank == 0 else None
     interval = 0.2 if sys.stderr.isatty() else 20.0  # a log file is not redrawn
-    bar = tqdm(total=total, initial=done, unit="step", disable=run.world.rank != 0, mininterval=interval)
+    options: dict[str, Any] = {"unit": "step", "disable": run.world.rank != 0, "mininterval": interval}
 
     def saved(s: Saved) -> None:
         if log is not None:
@@ -469,38 +289,38 @@ def train(run: Run, stop: Stop, steps: Ahead[loader.Step]) -> bool:
     run.model.train()
     sample, stopped = WeightSample(run.optimizer, args.bf16), False
     steps.begin(range(done, total))
-    for number in range(done + 1, total + 1):
-        begin = time.perf_counter()
-        step, rate = steps.next(), learning_rate(args, number, total)
-        waited = time.perf_counter() - begin
-        if args.lora_r:
-            lora.seed_dropout(args.seed, number, run.world.rank)
-        before = sample.take() if number % args.logging_steps == 0 else None
-        try:
-            result = train_step(run, step, rate, stop.signal != 0)
-        except NonFinite:
-            saver.wait()  # it is from before
-            raise
-        changed = sample.changed(before) if before is not None else {}
-        seconds = time.perf_counter() - begin
-        tokens += step.tokens
-        if log is not None and changed:
-            counts = {"tokens": tokens, "supervised_tokens": step.supervised_tokens, "data_seconds": waited}
-            line = {"step": number, "epoch": run.batches.epoch_of(number), "loss": result.loss, "lr": rate}
-            line |= {**result.reports, "grad_norm": result.grad_norm, **changed, **counts}
-            log.write({**line, **speed(run, step, seconds)})
-        bar.set_postfix_str(f"loss {result.loss:.3f}, {step.tokens / seconds:,.0f} tok/s", refresh=False)
-        bar.update()
-        stopped = result.stop and number < total
-        saver.poll()
-        if stopped or due(args.save_strategy, args.save_steps, run, number):
-            path = save_state(run, saver, number, tokens)
-        if stopped:
-            break
-        if number == total or due(args.evaluation_strategy, args.eval_steps, run, number):
-            report_held_out(run, number, log)
-    saver.wait()
-    bar.close()
+    with tqdm(total=total, initial=done, **options) as bar:
+        for number in range(done + 1, total + 1):
+            begin = time.perf_counter()
+            step, rate = steps.next(), learning_rate(args, number, total)
+            waited = time.perf_counter() - begin
+            if args.lora_r:
+                lora.seed_dropout(args.seed, number, run.world.rank)
+            before = sample.take() if number % args.logging_steps == 0 else None
+            try:
+                result = train_step(run, step, rate, stop.signal != 0)
+            except NonFinite:
+                saver.wait()  # it is from before
+                raise
+            changed = sample.changed(before) if before is not None else {}
+            seconds = time.perf_counter() - begin
+            tokens += step.tokens
+            if log is not None and changed:
+                counts = {"tokens": tokens, "supervised_tokens": step.supervised_tokens, "data_seconds": waited}
+                line = {"step": number, "epoch": run.batches.epoch_of(number), "loss": result.loss, "lr": rate}
+                line |= {**result.reports, "grad_norm": result.grad_norm, **changed, **counts}
+                log.write({**line, **speed(run, step, seconds)})
+            bar.set_postfix_str(f"loss {result.loss:.3f}, {step.tokens / seconds:,.0f} tok/s", refresh=False)
+            bar.update()
+            stopped = result.stop and number < total
+            saver.poll()
+            if stopped or due(args.save_strategy, args.save_steps, run, number):
+                path = save_state(run, saver, number, run.batches.state(number), tokens)
+            if stopped:
+                break
+            if number == total or due(args.evaluation_strategy, args.eval_steps, run, number):
+                report_held_out(run, number, log)
+        saver.wait()
     if log is not None:
         log.close()
         if not draw_loss(log.path, run.output_dir / "loss.png"):
@@ -524,71 +344,13 @@ def report_held_out(run: Run, step: int, log: RunLog | None) -> None:
         log.write({"step": step, **{f"eval_{name}": value for name, value in found.items()}})
 
 
-def check_output_dir(args: TrainArguments, path: Path) -> None:
-    """ValueError if the run could not write there, or would write over an earlier one that nobody said may go, or over
-    what it starts from."""
-    there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-        why = "may not be written to" if there.is_dir() else "is a file"
-        raise ValueError(f"--output_dir {path}: {there} {why}")
-    start = Path(args.model_name_or_path).resolve()
-    if args.overwrite_output_dir and not args.resume_from_checkpoint and path.resolve() in start.parents:
-        raise ValueError(f"--overwrite_output_dir would remove {start}, which this run starts from: move one of them")
-    if args.lora_r and start == path.resolve():
-        raise ValueError(f"{path}: the merged model would replace the adapters' base; choose another --output_dir")
-    if args.resume_from_checkpoint or args.overwrite_output_dir or not path.is_dir():
-        return
-    if (path / "config.json").exists() or any(path.glob("checkpoint-*")):
-        raise ValueError(
-            f"{path} already holds a trained model: talk to it with `python generate.py --checkpoint {path}`, go on "
-            "with --resume_from_checkpoint auto, train anew with --overwrite_output_dir, or choose another --output_dir"
-        )
-
-
 def examine(run: Run, sample: synthesize.Sample) -> None:
-    """Ask the finished model the held-out questions: three answers beside the reference, and how many are right."""
+    """Ask the finished model the held-out questions; what comes of it is said, and kept in examination.json."""
     run.model.eval()
-    asked, unseen = sample.held_out_examples, sample.unseen_wordings
-    alone = [e.dialogue.messages[:1] for e in asked]
-    later = [
-        before.dialogue.messages + e.dialogue.messages[:1]
-        for before, e in zip([asked[-1], *asked], asked, strict=False)
-    ]
-    answers = answer_all(run, alone)
-    columns = shutil.get_terminal_size().columns
-    for e, text in list(zip(asked, answers, strict=True))[:3]:
-        say(run.world, "")
-        for who, said in (("Patient:", e.question), ("Model:", text), ("Reference:", e.answer)):
-            say(run.world, textwrap.fill(f"{who:11}{said}", columns, subsequent_indent=" " * 11))
-    say(run.world, f"\nThe right condition is named in, of {len(asked)} held-out questions each:")
-    say(run.world, f"   model   ranking the table by\n{'symptoms':>19}{'words':>9}")
-    shares = {}
-    for title, examples, texts in (
-        ("unseen sentences and sets of symptoms", asked, answers),
-        ("the same, as a second question", asked, answer_all(run, later)),
-        ("and every symptom in unseen words", unseen, answer_all(run, [e.dialogue.messages[:1] for e in unseen])),
-    ):
-        named = share_named_right(sample.table, examples, texts)
-        by_symptoms, by_words = retrieval_ceiling(sample.table, examples)
-        say(run.world, f"  {named:6.1%}{by_symptoms:11.1%}{by_words:9.1%}   {title}")
-        shares[title] = {"model": named, "ranking_by_symptoms": by_symptoms, "ranking_by_words": by_words}
+    answer = functools.partial(answer_greedily, run.model, run.source.tokenizer, run.source.chat_format)
+    shares = examination.examine(sample, answer, lambda text: say(run.world, text))
     (run.output_dir / "examination.json").write_text(json.dumps(shares, indent=2) + "\n")
     run.model.train()
-
-
-def answer_all(run: Run, questions: list[tuple[Message, ...]]) -> list[str]:
-    """Greedy answers to dialogues that end in a question, prompts of like length side by side."""
-    chat_format, tokenizer = run.source.chat_format, run.source.tokenizer
-    greedy = SamplingParams(temperature=0.0, repetition_penalty=1.0)
-    prompts = [render(Dialogue((*chat_format.opening(), *q)), chat_format, tokenizer)[0] for q in questions]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    answers = [""] * len(prompts)
-    for at in range(0, len(order), 64):
-        rows = order[at : at + 64]
-        batch = answer_batch(run.model, tokenizer, [Request(prompts[i], greedy, 80) for i in rows])
-        for i, answer in zip(rows, batch, strict=True):
-            answers[i] = answer.text
-    return answers
 
 
 def execute(args: TrainArguments, world: World) -> int:
@@ -604,8 +366,10 @@ def execute(args: TrainArguments, world: World) -> int:
     sample = None if args.data_path else synthesize.sample()
     texts = (lambda: training_texts(args)) if sample is None else sample.texts
     source = open_source(args, texts)
-    train_set, held_out, report = open_data(args, source, sample, world)
-    batches = open_batches(args, train_set, held_out, world)
+    train_set, held_out, report = parallel.first_alone(
+        world, lambda: open_data(args, source.tokenizer, source.chat_format, sample, world.rank)
+    )
+    batches = open_batches(args, train_set, held_out, world.rank, world.size)
     report.notes.extend(batches.report())
     say(world, report.text())
     if args.preview:
@@ -613,12 +377,12 @@ def execute(args: TrainArguments, world: World) -> int:
             print(loader.preview(train_set, args.preview, source.tokenizer, colour=sys.stdout.isatty()))
         return 0
     if args.overwrite_output_dir and not args.resume_from_checkpoint and not world.restarted:
-        training_state.on_first_rank(lambda: training_state.forget(output_dir))
-    training_state.on_first_rank(lambda: elastic.begin(world.store))
+        on_first_rank(lambda: forget(output_dir))
+    on_first_rank(lambda: elastic.begin(world.store))
     model = build_model(with_true_rows(args, batches.longest()[0]), source, world)
     optimizer = build_optimizer(args, model)
     fill_weights(args, source, model, optimizer)
-    run = Run(args, world, source, batches, model, optimizer, output_dir)
+    run = Run(args, world, source, model, optimizer, output_dir, batches)
     if args.pairs:
         open_reference(run)
     where = f"{world.size} x {world.device.type}" if world.size > 1 else str(world.device)

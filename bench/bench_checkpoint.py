@@ -35,11 +35,12 @@ from report import RESULTS, write
 
 from llama import parallel
 from llama.chat import ChatFormat
-from llama.checkpoint import load_model, model_files, save_model
+from llama.checkpoint import load_model, model_files, save_model, save_sharded_model
 from llama.config import PRESETS, LlamaConfig, to_hf
 from llama.files import MANIFEST, verify
 from llama.model import Llama
-from llama.training_state import Saved, Saver, load_training_state, save_sharded_model, save_training_state
+from llama.saver import Saved, Saver, save_training_state
+from llama.training_state import load_training_state
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = LlamaConfig(1024, 16, 16, 16, 2816, 32000)

@@ -40,8 +40,9 @@ from llama.config import LlamaConfig
 from llama.layout import entries
 from llama.model import Llama
 from llama.runlog import read_metrics
+from llama.saver import Saver
 from llama.tokenizer import train_tokenizer
-from llama.training_state import Saver, latest_training_state, load_training_state
+from llama.training_state import latest_training_state, load_training_state
 
 WORDS = ["pain", "fever", "cough", "rest", "water", "chest", "head", "days", "doctor"]
 STEPS = 30

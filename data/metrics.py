@@ -1,6 +1,6 @@
 """Answers -> scores: does an answer name the right condition, and how often could plain retrieval.
 
-Called by train.py at the end of the default run and by evaluate.py. Words only, no model. Standard library only.
+Called by examination.py. Words only, no model. Standard library only.
 """
 
 from __future__ import annotations

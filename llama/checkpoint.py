@@ -28,6 +28,7 @@ from llama.hf_tokenizer import tokenizer_files
 from llama.layout import entries
 from llama.model import Llama
 from llama.quantize import Packed, QuantisedLinear, Scheme, empty, from_json, replace, to_json
+from llama.together import ranks, together, verify_together
 from llama.tokenizer import Tokenizer
 from llama.weights import Weights, stored_bytes, write_weights
 
@@ -189,8 +190,6 @@ def load_weights(model: Llama, path: str | Path, assign: Callable[[nn.Parameter,
         mesh = getattr(next(model.parameters()), "device_mesh", None)
         model.to_empty(device="cpu" if mesh is None else mesh.device_type)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        from llama.training_state import together, verify_together
-
         if (path / MANIFEST).exists():
             verify_together(path)
         together(lambda: _fill(model, path, None, assign))
@@ -286,8 +285,8 @@ def save_model(
 
     tensors: (our name, tensor) in layout.entries order, taken one by one, never held together. dtype None: that of
     the first tensor; all are cast to it. Tensors that are not finite after the cast are a ValueError. generation,
-    extra: see model_files. scheme: of a quantised model, whose blocks' linears come packed. In a
-    process group only one rank calls it (training_state.save_sharded_model for all).
+    extra: see model_files. scheme: of a quantised model, whose blocks' linears come packed. In a process group only
+    one rank calls it (all: save_sharded_model).
     """
     stream = iter(tensors)
     first = next(stream, None)
@@ -312,3 +311,30 @@ def save_model(
         for name, data in files.items():
             (directory / name).write_bytes(data)
         write_weights(directory, whole(), config, dtype, max_shard_bytes, scheme)
+
+
+def save_sharded_model(
+    path: str | Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    config: LlamaConfig,
+    tokenizer: Tokenizer | None,
+    chat_format: ChatFormat | None,
+    generation: dict[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """save_model, called by all ranks with a stream that they must drain together; rank 0 writes.
+
+    Holds one whole tensor at a time. An error on rank 0 is raised on all, after the stream has ended.
+    """
+    stream = iter(tensors)
+
+    def work() -> None:
+        try:
+            if ranks()[0] == 0:
+                save_model(path, stream, config, tokenizer, chat_format, generation, dtype, max_shard_bytes)
+        finally:
+            for _ in stream:  # gathering is collective: a rank that stops early would leave the others waiting
+                pass
+
+    together(work)

@@ -296,6 +296,22 @@ def answer_batch(model: Llama, tokenizer: Tokenizer, requests: Sequence[Request]
     raise AssertionError("_steps never ends by itself")
 
 
+def answer_greedily(
+    model: Llama, tokenizer: Tokenizer, chat_format: ChatFormat, questions: Sequence[tuple[Message, ...]]
+) -> list[str]:
+    """Greedy answers of at most 80 tokens to dialogues that end in a question, prompts of like length side by side."""
+    greedy = SamplingParams(temperature=0.0, repetition_penalty=1.0)
+    prompts = [render(Dialogue((*chat_format.opening(), *q)), chat_format, tokenizer)[0] for q in questions]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    answers = [""] * len(prompts)
+    for at in range(0, len(order), 64):
+        rows = order[at : at + 64]
+        batch = answer_batch(model, tokenizer, [Request(prompts[i], greedy, 80) for i in rows])
+        for i, answer in zip(rows, batch, strict=True):
+            answers[i] = answer.text
+    return answers
+
+
 class StopMatcher:
     """Finds stop texts in text that comes in pieces, holding back what could be the start of one.
 

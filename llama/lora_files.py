@@ -23,6 +23,7 @@ from llama.files import MANIFEST, atomic_directory, looks_like, read_json, settl
 from llama.layout import entries
 from llama.lora_config import LoRAConfig, from_peft, to_peft
 from llama.model import Llama
+from llama.together import on_first_rank
 
 CONFIG = checkpoint.ADAPTER_CONFIG
 TENSORS = "adapter_model.safetensors"
@@ -74,7 +75,7 @@ def save_adapter(
             for name, data in files.items():
                 (directory / name).write_bytes(data)
 
-    training_state.on_first_rank(write)
+    on_first_rank(write)
 
 
 def fingerprint(base: Path) -> str:

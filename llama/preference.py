@@ -23,8 +23,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from llama import parallel, training_state
+from llama import parallel
 from llama.chat import IGNORE
+from llama.together import on_first_rank
 
 LOSSES = ("sigmoid", "ipo")
 REPORTED = ("reward_margin", "reward_accuracy", "reward_chosen", "reward_rejected")
@@ -156,10 +157,10 @@ def reference_of(batches: Iterable[Any], pairs: int, forward: Callable[[Any, Ans
 
 def kept(path: Path, identity: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """The tensors of a file if it was made from the same; else make them, and write it. All ranks call it."""
-    found = training_state.on_first_rank(lambda: _read(path, identity))
+    found = on_first_rank(lambda: _read(path, identity))
     if found is None:
         found = make()
-        training_state.on_first_rank(lambda: _write(path, identity, found))
+        on_first_rank(lambda: _write(path, identity, found))
     return found
 
 

@@ -16,7 +16,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from llama import parallel, training_state
+from llama import parallel, saver
+from llama.together import on_first_rank
 
 PLACE = ".rehearsal"  # within output_dir
 
@@ -68,7 +69,7 @@ def check_space(output_dir: Path, checkpoint: int, coming: int, limit: int, fini
                 f"a model of {finished:,}, but {free:,} are free: make room, or keep fewer (--save_total_limit 1)"
             )
 
-    training_state.on_first_rank(check)
+    on_first_rank(check)
 
 
 def save(
@@ -79,8 +80,8 @@ def save(
     weights = {name: t.numel() for name, t in tensors.items() if name.startswith("model.")}
     smallest = min(weights, key=lambda name: weights[name]).removeprefix("model.")
     few = {name: t for name, t in tensors.items() if smallest in name or name.startswith("rng.")}
-    training_state.on_first_rank(lambda: shutil.rmtree(place, ignore_errors=True))
+    on_first_rank(lambda: shutil.rmtree(place, ignore_errors=True))
     try:
-        training_state.save_training_state(place, step, few, state, files)
+        saver.save_training_state(place, step, few, state, files)
     finally:
         shutil.rmtree(place, ignore_errors=True)

@@ -723,7 +723,7 @@ def test_non_finite_loss_stops_before_the_update(flags: list[str], start: Path, 
     checkpoint.save_model(broken, model.named_parameters(), *parts)
     code, err = finish(launch([*flags, "--model_name_or_path", str(broken)], tmp_path))
     assert code == 2
-    assert re.search(r"error: the loss is (inf|nan) in the batch of records \S+dialogues\.json:\d+, ", err)
+    assert re.search(r"^error: the loss is (inf|nan) in the batch of records \S+dialogues\.json:\d+, ", err, re.M)
     assert "nothing was updated" in err
     assert "Traceback" not in err
     assert not (tmp_path / "out/config.json").exists()

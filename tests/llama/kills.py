@@ -30,7 +30,8 @@ from llama.chat import ChatFormat
 from llama.checkpoint import load_model, model_files, save_model
 from llama.config import LlamaConfig
 from llama.layout import entries
-from llama.training_state import Saver, latest_training_state, load_training_state
+from llama.saver import Saver
+from llama.training_state import latest_training_state, load_training_state
 
 CONFIG = LlamaConfig(128, 4, 4, 4, 512, 512)  # 4.7 MB: writing takes most of a save
 

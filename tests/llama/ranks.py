@@ -23,18 +23,13 @@ from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from llama import training_state
+from llama import saver as saving
 from llama.chat import ChatFormat
-from llama.checkpoint import load_weights, model_files
+from llama.checkpoint import load_weights, model_files, save_sharded_model
 from llama.config import LlamaConfig
 from llama.model import Llama
-from llama.training_state import (
-    Saver,
-    latest_training_state,
-    load_training_state,
-    save_sharded_model,
-    save_training_state,
-)
+from llama.saver import Saver, save_training_state
+from llama.training_state import latest_training_state, load_training_state
 
 # A vocabulary that two ranks cannot share evenly, and fewer norm values than a rank might expect.
 CONFIG = LlamaConfig(32, 2, 4, 2, 48, 259, max_seq_len=64)
@@ -149,7 +144,7 @@ def scenario(rank: int, root: Path) -> dict[str, object]:
         big = {f"model.{rank}.{i}": torch.ones(1 << 20) for i in range(4)}  # 16 MiB a rank; the disk has 24
         save_training_state(disk, 1, tensors_of(model, rank), {"step": 1}, files)
         found["no space"] = error_of(lambda: save_training_state(disk, 2, big, {}, files))
-        training_state.stage = lambda target, needed: stage(target)  # as when the disk fills up during the save
+        saving.stage = lambda target, needed: stage(target)  # as when the disk fills up during the save
         found["full"] = error_of(lambda: save_training_state(disk, 2, big, {}, files))
         saver = Saver(disk, background=True)
         saver.save(2, big, {}, files)
@@ -199,7 +194,7 @@ def in_the_background(model: Llama, rank: int, path: Path, files: dict[str, byte
     return found
 
 
-stage = training_state.stage
+stage = saving.stage
 
 if __name__ == "__main__":
     rank, size, root = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
