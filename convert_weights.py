@@ -1,10 +1,10 @@
-"""Weights from one layout to another: Meta or Hugging Face in; Hugging Face, Meta or GGUF out.
+"""Weights from one layout to another: Meta, Hugging Face or GGUF in; Hugging Face, Meta or GGUF out.
 
     python convert_weights.py SRC DST [--to hf|meta|gguf]
 
-SRC is a directory, told apart by what is in it. Tensors go through one at a time; every one is read back from the
-result and compared with the source before DST appears. Nothing in SRC is trusted, and nothing is guessed or skipped:
-one line says what is wrong, and no DST is left behind.
+SRC is a directory or a GGUF file, told apart by content. Tensors go through one at a time; every one is read back from
+the result and compared with the source before DST appears. Nothing in SRC is trusted, and nothing is guessed or
+skipped: one line says what is wrong, and no DST is left behind.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from llama import checkpoint, files
 from llama.chat import ChatFormat
 from llama.command_line import Parser
 from llama.config import LlamaConfig
-from llama.gguf_files import GGUF, dtype_in_gguf, package, write_gguf
+from llama.gguf_files import GGUF, as_stored, bytes_in_gguf, dtype_in_gguf, write_gguf
+from llama.gguf_format import FLOAT_KINDS, is_gguf, package
 from llama.hf_files import HuggingFace
 from llama.layout import Entry, entries
 from llama.meta_files import Meta, all_entries, check_shards, write_meta
@@ -38,12 +39,13 @@ from llama.torch_files import DTYPES, same_bits
 from llama.weights import write_weights
 
 _TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_PACKED = "q8_0"  # the --dtype that only GGUF has
 _SLACK = 32 << 20  # bytes for everything but the tensors, when free space is checked
 _LLAMA3_VOCABULARY, _LLAMA3_IDS = 128256, {"bos_token_id": 128000, "eos_token_id": 128001}
 
 
 class Source(Protocol):
-    """Where tensors come from: Meta or HuggingFace."""
+    """Where tensors come from: Meta, HuggingFace or GGUF."""
 
     kind: str
     label: str
@@ -75,7 +77,7 @@ class Reader(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One conversion, checked: from `source` into `to`, as `config` in `dtype`."""
+    """One conversion, checked: from `source` into `to`, as `config` in `dtype`. packed: --to gguf makes Q8_0 of it."""
 
     source: Source
     to: str
@@ -84,6 +86,12 @@ class Job:
     tokenizer: Tokenizer | None
     shards: int
     max_shard: int
+    packed: bool = False
+
+    @property
+    def gguf_kind(self) -> str:
+        """The type of a whole GGUF file, as GGUF calls it."""
+        return "Q8_0" if self.packed else FLOAT_KINDS[self.dtype]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -115,10 +123,14 @@ def interrupt(signum: int, frame: object) -> None:
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
     p = Parser("convert_weights.py", (__doc__ or "").split("\n")[0])
-    p.add_argument("src", type=Path, help="directory: Meta's (params.json, consolidated.NN.pth) or Hugging Face's")
+    p.add_argument("src", type=Path, help="directory of Meta's or Hugging Face's files, or a GGUF file")
     p.add_argument("dst", type=Path, help="directory to make; for gguf a file")
     p.add_argument("--to", choices=("hf", "meta", "gguf"), default="hf", help="layout to write (default: hf)")
-    p.add_argument("--dtype", choices=tuple(DTYPES.values()), help="number type to write (default: as in SRC)")
+    p.add_argument(
+        "--dtype",
+        choices=(*DTYPES.values(), _PACKED),
+        help=f"number type to write (default: as in SRC); {_PACKED}: GGUF",
+    )
     p.add_argument("--shards", type=int, default=1, help="model-parallel shards of --to meta (default: 1)")
     p.add_argument("--max_seq_len", type=int, help="context length, where SRC's is unknown or wrong")
     p.add_argument("--tokenizer", type=Path, help="SentencePiece model (default: tokenizer.model in SRC or above it)")
@@ -137,16 +149,18 @@ def convert(args: argparse.Namespace) -> None:
     if args.to == "gguf":
         with _atomic_file(args.dst, size + _SLACK) as file:
             write_gguf(
-                file, _stream(job, size), job.config, _required(job.tokenizer), job.dtype, args.src.resolve().name
+                file, _stream(job, size), job.config, _required(job.tokenizer), job.gguf_kind, args.src.resolve().stem
             )
-            _compare(job, GGUF(file, job.config), size)
+            result = GGUF(file)
+            _compare_config(job, result.config)
+            _compare(job, result, size)
             job.source.check_unchanged()
     else:
         with files.atomic_directory(args.dst, size + _SLACK) as directory:
             _write_directory(job, directory, size)
-            result = (HuggingFace if args.to == "hf" else Meta)(directory, mmap=False)
-            _compare_config(job, result.config)
-            _compare(job, result, size)
+            written = (HuggingFace if args.to == "hf" else Meta)(directory, mmap=False)
+            _compare_config(job, written.config)
+            _compare(job, written, size)
             job.source.check_unchanged()
     _summarise(job, args.dst, size)
 
@@ -175,22 +189,29 @@ def plan(args: argparse.Namespace) -> Job:
     if args.max_seq_len is not None:
         config = dataclasses.replace(config, max_seq_len=args.max_seq_len)
     kinds = {source.dtype(e) for e in entries(config)}
-    dtype = {name: d for d, name in DTYPES.items()}[args.dtype] if args.dtype else _widest(kinds)
+    packed = args.dtype == _PACKED
+    if packed and args.to != "gguf":
+        raise ValueError(f"--dtype {_PACKED}: only --to gguf has it")
+    named = {name: d for d, name in DTYPES.items()} | {_PACKED: torch.float32}
+    dtype = named[args.dtype] if args.dtype else _widest(kinds)
     if args.to == "meta":
         check_shards(config, args.shards)
-    tokenizer = find_tokenizer(args.src, args.tokenizer)
+    own = isinstance(source, GGUF) and args.tokenizer is None
+    tokenizer = source.tokenizer() if own else find_tokenizer(args.src, args.tokenizer)
     if tokenizer is None and args.to == "gguf":
         raise ValueError(f"{args.src}: has no SentencePiece tokenizer, which GGUF needs; give --tokenizer FILE")
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         rows = f"the embedding has {config.vocab_size:,} rows"
         raise ValueError(f"{args.src}: the tokenizer has {tokenizer.vocab_size:,} pieces, but {rows}; give --tokenizer")
-    return Job(source, args.to, config, dtype, tokenizer, args.shards, parse_size(args.max_shard_size))
+    return Job(source, args.to, config, dtype, tokenizer, args.shards, parse_size(args.max_shard_size), packed)
 
 
 def open_source(path: Path, mmap: bool) -> Source:
-    """The source in a directory, told apart by its files. ValueError when there is none."""
+    """The source in a directory, told apart by its files, or a GGUF file. ValueError when there is none."""
+    if is_gguf(path):
+        return GGUF(path)
     if not path.is_dir():
-        what = "is a file; give the directory it is in" if path.exists() else "does not exist"
+        what = "is a file, and no GGUF; give the directory it is in" if path.exists() else "does not exist"
         raise ValueError(f"{path}: {what}")
     if (path / files.MANIFEST).exists():
         files.verify(path)
@@ -211,6 +232,7 @@ def open_source(path: Path, mmap: bool) -> Source:
     if "params.json" in names:
         raise ValueError(f"{path / 'consolidated.00.pth'}: missing; fetch it")
     inner = sorted(p.name for p in path.iterdir() if p.is_dir() and (p / "params.json").exists())
+    inner = inner or sorted(n for n in names if n.endswith(".gguf"))
     hint = f"; did you mean {path / inner[0]}?" if inner else ""
     raise ValueError(f"{path}: no model.safetensors, pytorch_model.bin or consolidated.00.pth in it{hint}")
 
@@ -263,11 +285,13 @@ def _source_entry(job: Job, e: Entry) -> Entry:
 
 
 def _dtype(job: Job, e: Entry) -> torch.dtype:
-    return dtype_in_gguf(e, job.dtype) if job.to == "gguf" else job.dtype
+    return dtype_in_gguf(e, job.gguf_kind) if job.to == "gguf" else job.dtype
 
 
 def _bytes(e: Entry, job: Job) -> int:
-    n = _dtype(job, e).itemsize
+    if job.to == "gguf":
+        return bytes_in_gguf(e, job.gguf_kind)
+    n = job.dtype.itemsize
     for d in e.shape:
         n *= d
     return n
@@ -276,7 +300,7 @@ def _bytes(e: Entry, job: Job) -> int:
 def _read(job: Job, e: Entry) -> Tensor:
     """A tensor of the source in the number type to write, all of it finite."""
     t = job.source.read(_source_entry(job, e))
-    stored = f"{job.source.path}: {e.hf if job.source.kind == 'hf' else e.meta}"
+    stored = f"{job.source.path}: {getattr(e, job.source.kind)}"
     if bad := _not_finite(t):
         raise ValueError(f"{stored} has {bad:,} NaN or infinite values; the weights are damaged")
     out = t.to(_dtype(job, e))
@@ -307,17 +331,21 @@ def _compare(job: Job, result: Reader, size: int) -> None:
     with _bar("reading back", size) as bar:
         for e in _entries(job):
             wrote = job.source.read(_source_entry(job, e)).to(_dtype(job, e))
-            read = result.read(_source_entry(job, e))
-            if not same_bits(wrote, read):
+            if isinstance(result, GGUF):
+                same = result.holds(e, wrote, job.gguf_kind)
+            else:
+                same = same_bits(wrote, result.read(_source_entry(job, e)))
+            if not same:
                 raise ValueError(f"{e.name}: reading it back gives other bits than were written; is the disk failing?")
-            del wrote, read
+            del wrote
             bar.update(_bytes(e, job))
 
 
 def _compare_config(job: Job, result: LlamaConfig) -> None:
     """The sizes as they come back. A head that happens to equal the embedding comes back from Meta's files as tied."""
-    if dataclasses.replace(result, tie_embeddings=job.config.tie_embeddings) != job.config:
-        pairs = ((f.name, getattr(job.config, f.name), getattr(result, f.name)) for f in dataclasses.fields(result))
+    config = as_stored(job.config) if job.to == "gguf" else job.config
+    if dataclasses.replace(result, tie_embeddings=config.tie_embeddings) != config:
+        pairs = ((f.name, getattr(config, f.name), getattr(result, f.name)) for f in dataclasses.fields(result))
         name, was, comes = next(p for p in pairs if p[1] != p[2] and p[0] != "tie_embeddings")
         raise ValueError(f"--to {job.to}: that layout cannot say {name} {was} (it would be read as {comes})")
 
@@ -325,7 +353,7 @@ def _compare_config(job: Job, result: LlamaConfig) -> None:
 def _write_directory(job: Job, directory: Path, size: int) -> None:
     src = job.source.path
     chat_format = checkpoint.load_chat_format(src) if (src / "chat_format.json").exists() else None
-    generation = checkpoint.load_generation(src)
+    generation = checkpoint.load_generation(src) if src.is_dir() else {}
     if job.to == "hf":
         extra = _LLAMA3_IDS if job.tokenizer is None and job.config.vocab_size == _LLAMA3_VOCABULARY else _ids(job)
         sampling = generation if job.source.kind == "hf" else generation or None  # None: ChatDoctor's
@@ -355,9 +383,11 @@ def _copy_prompting(directory: Path, chat_format: ChatFormat | None, generation:
 
 
 def _ids(job: Job) -> dict[str, Any]:
-    """BOS and EOS ids of a source whose tokenizer is not SentencePiece's, as its config.json says."""
-    if job.tokenizer is not None or job.source.kind != "hf":
+    """BOS and EOS ids of a source whose tokenizer is not SentencePiece's, as its config.json or metadata says."""
+    if job.tokenizer is not None or job.source.kind == "meta":
         return {}
+    if isinstance(job.source, GGUF):
+        return job.source.ids()
     stated = files.read_json(job.source.path / "config.json")
     return {k: stated[k] for k in ("bos_token_id", "eos_token_id") if isinstance(stated.get(k), (int, list))}
 
@@ -391,12 +421,14 @@ def _summarise(job: Job, dst: Path, size: int) -> None:
         say = "says" if len(s.ignored) == 1 else "say"
         print(f"ignored  {len(s.ignored)} that {say} nothing new: {', '.join(s.ignored[:3])}")
     if job.tokenizer is None:
-        print("note     no SentencePiece tokenizer: generate.py cannot talk to this model")
+        kind = f" (its own is {s.tokenizer_kind()!r})" if isinstance(s, GGUF) else ""
+        print(f"note     no SentencePiece tokenizer{kind}: generate.py cannot talk to this model")
     elif (rows := c.vocab_size - job.tokenizer.vocab_size) > 0:
         what = "1 row of the embedding is" if rows == 1 else f"{rows} rows of the embedding are"
         print(f"note     {what} beyond the tokenizer's {job.tokenizer.vocab_size} pieces; kept")
     name = {"hf": "Hugging Face", "meta": f"Meta, {job.shards} shard{'s' * (job.shards > 1)}", "gguf": "GGUF"}[job.to]
-    print(f"wrote    {name}, {DTYPES[job.dtype]}: {dst} ({_size(size)}, {count} tensors, all read back equal)")
+    kind = _PACKED if job.packed else DTYPES[job.dtype]
+    print(f"wrote    {name}, {kind}: {dst} ({_size(size)}, {count} tensors, all read back equal)")
 
 
 def _size(n: int) -> str:
