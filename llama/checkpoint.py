@@ -1,4 +1,4 @@
-"""One directory <-> a model: the Hugging Face LLaMA layout, strict, atomic, streamed.
+"""One directory <-> a model: the Hugging Face LLaMA layout, strict, atomic, streamed. A GGUF file opens as well.
 
 train.py, generate.py, convert_weights.py, evaluate.py and serve.py open and save models here and nowhere else.
 Reading trusts nothing: a manifest is checked first when there is one, then names and shapes, and a failed load never
@@ -11,6 +11,7 @@ that what is loaded is what was stored; whoever samples must leave out ids from 
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -24,6 +25,8 @@ from torch.overrides import TorchFunctionMode
 from llama.chat import ChatFormat
 from llama.config import LlamaConfig, from_hf, to_hf
 from llama.files import MANIFEST, atomic_directory, read_bytes, read_json, settle, verify
+from llama.gguf_files import GGUF
+from llama.gguf_format import is_gguf
 from llama.hf_tokenizer import tokenizer_files
 from llama.layout import entries
 from llama.model import Llama
@@ -49,6 +52,8 @@ MAX_SHARD_BYTES = 5_000_000_000  # what transformers calls 5 GB
 
 def _directory(path: str | Path) -> Path:
     path = Path(path)
+    if is_gguf(path):
+        return path
     if not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"
         raise ValueError(f"{path}: {what}; give the directory of a model (models are not downloaded by name)")
@@ -57,8 +62,10 @@ def _directory(path: str | Path) -> Path:
 
 
 def load_config(path: str | Path) -> LlamaConfig:
-    """Sizes of the model in a directory."""
+    """Sizes of the model in a directory or GGUF file."""
     path = _directory(path)
+    if is_gguf(path):
+        return GGUF(path).config
     if not (path / "config.json").exists():
         if (path / "params.json").exists():
             raise ValueError(f"{path}: Meta's layout (params.json); run: python convert_weights.py {path} OUT")
@@ -74,6 +81,8 @@ def load_config(path: str | Path) -> LlamaConfig:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The SentencePiece tokenizer of a directory; it must not have more pieces than the embedding has rows."""
     path = _directory(path)
+    if is_gguf(path):
+        return _gguf_tokenizer(GGUF(path))
     file = path / "tokenizer.model"
     if not file.exists():
         found = "only tokenizer.json" if (path / "tokenizer.json").exists() else "no tokenizer"
@@ -83,6 +92,16 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     tokenizer = Tokenizer(read_bytes(file), str(file))
     if (path / "config.json").exists() and tokenizer.vocab_size > (rows := load_config(path).vocab_size):
         raise ValueError(f"{file}: {tokenizer.vocab_size:,} pieces, but the embedding has {rows:,} rows")
+    return tokenizer
+
+
+def _gguf_tokenizer(source: GGUF) -> Tokenizer:
+    tokenizer, rows = source.tokenizer(), source.config.vocab_size
+    if tokenizer is None:
+        kind = source.tokenizer_kind()
+        raise ValueError(f"{source.path}: its tokenizer is {kind!r}; only SentencePiece's ('llama') open here")
+    if tokenizer.vocab_size > rows:
+        raise ValueError(f"{source.path}: {tokenizer.vocab_size:,} tokens, but the embedding has {rows:,} rows")
     return tokenizer
 
 
@@ -110,9 +129,10 @@ def load_generation(path: str | Path) -> dict[str, Any]:
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Llama:
-    """The model in a Hugging Face directory, or in a `checkpoint-<step>/` of a training run.
+    """The model in a Hugging Face directory, in a `checkpoint-<step>/` of a training run, or in a GGUF file.
 
-    dtype None: as stored. ValueError, one line, for anything that is not exactly the model config.json describes.
+    dtype None: as stored (packed numbers: float16). ValueError, one line, for anything that is not exactly the model
+    that config.json or the GGUF file describes.
     """
     path = _directory(path)
     config = load_config(path)
@@ -121,7 +141,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu", dtype: torc
         from llama import lora_files
 
         return lora_files.load_training_state(path, config, device, dtype)
-    weights = None if _is_training_state(path) else Weights(path, config)
+    weights = None if _is_training_state(path) else _weights(path, config)
     with torch.device("meta"), _NoInit():
         model = Llama(config)
     dtype = dtype or (weights.dtype() if weights else torch.float32)
@@ -135,7 +155,28 @@ def load_model(path: str | Path, device: torch.device | str = "cpu", dtype: torc
 def stored_dtype(path: str | Path) -> torch.dtype:
     """The number type that load_model() gives a model by itself."""
     path = _directory(path)
-    return torch.float32 if _is_training_state(path) else Weights(path, load_config(path)).dtype()
+    return torch.float32 if _is_training_state(path) else _weights(path, load_config(path)).dtype()
+
+
+class _FromGGUF:
+    """The tensors of a GGUF file by our names, as weights.Weights has those of a directory."""
+
+    def __init__(self, source: GGUF) -> None:
+        self._source = source
+        self._entries = {e.name: e for e in entries(source.config)}
+
+    def dtype(self) -> torch.dtype:
+        """The narrowest dtype for all of it, by what the file says of each."""
+        first, *others = {self._source.dtype(e) for e in self._entries.values()}
+        return functools.reduce(torch.promote_types, others, first)
+
+    def read(self, name: str, where: tuple[slice, ...] = (slice(None),)) -> Tensor:
+        """A tensor, or a part of it (of which the whole is read)."""
+        return self._source.read(self._entries[name])[where]
+
+
+def _weights(path: Path, config: LlamaConfig) -> Weights | _FromGGUF:
+    return _FromGGUF(GGUF(path)) if is_gguf(path) else Weights(path, config)
 
 
 class _NoInit(TorchFunctionMode):
@@ -192,7 +233,10 @@ def _is_training_state(path: Path) -> bool:
 
 @torch.no_grad()
 def _fill(
-    model: Llama, path: Path, weights: Weights | None, assign: Callable[[nn.Parameter, Tensor], object] = copied
+    model: Llama,
+    path: Path,
+    weights: Weights | _FromGGUF | None,
+    assign: Callable[[nn.Parameter, Tensor], object] = copied,
 ) -> None:
     stored = {e.name for e in entries(model.config)}
     parameters = [(name, p) for name, p in model.named_parameters() if name in stored]
@@ -201,7 +245,7 @@ def _fill(
 
         read_tensors(path, {f"model.{name}": p for name, p in parameters}, partial=True)
         return
-    weights = weights or Weights(path, model.config)
+    weights = weights or _weights(path, model.config)
     for name, p in parameters:
         if hasattr(p, "device_mesh"):
             from torch.distributed.tensor._utils import compute_local_shape_and_global_offset

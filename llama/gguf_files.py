@@ -320,7 +320,7 @@ def _add_metadata(writer: Any, gguf: ModuleType, c: LlamaConfig, file_kind: str,
 
 def _add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
     """SentencePiece's pieces, scores and types. Rows beyond them (ChatDoctor's 32001st) are unused pad pieces."""
-    pieces = pieces_of(tokenizer) + padding(range(tokenizer.vocab_size, vocab_size))
+    pieces = pieces_of(tokenizer) + [padding(i) for i in range(tokenizer.vocab_size, vocab_size)]
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     writer.add_token_list([p.text for p in pieces])

@@ -17,7 +17,8 @@ import numpy as np
 
 from llama.tokenizer import Tokenizer
 
-NORMAL, UNKNOWN, CONTROL, UNUSED = 1, 2, 3, 5
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
+SPACE = "\u2581".encode()  # SentencePiece's mark of a space
 _KEY = "tokenizer.ggml."
 _REMEDY = "give the original with --tokenizer FILE"
 
@@ -25,7 +26,8 @@ _REMEDY = "give the original with --tokenizer FILE"
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
 _PIECE, _SCORE, _TYPE = 1, 2, 3
 _MODEL_TYPE, _VOCAB_SIZE, _BYTE_FALLBACK = 3, 4, 35
-_IDS = {"unk": (40, 45), "bos": (41, 46), "eos": (42, 47), "pad": (43, 48)}  # role: fields of its id and its piece
+_IDS = {"unk": (40, 45), "bos": (41, 46), "eos": (42, 47)}  # role: fields of its id and its piece
+_PAD_ID = 43
 _NAME, _DUMMY_PREFIX, _REMOVE_EXTRA_WHITESPACES, _ESCAPE_WHITESPACES = 1, 3, 4, 5
 _BPE = 2
 
@@ -50,9 +52,9 @@ def pieces_of(tokenizer: Tokenizer) -> list[Piece]:
     return found
 
 
-def padding(rows: range) -> list[Piece]:
-    """Unused pieces for rows of the embedding beyond the vocabulary, named as llama.cpp's converter names them."""
-    return [Piece(f"[PAD{i}]".encode(), -10000.0, UNUSED) for i in rows]
+def padding(row: int) -> Piece:
+    """The unused piece of a row of the embedding beyond the vocabulary, named as llama.cpp's converter names it."""
+    return Piece(f"[PAD{row}]".encode(), -10000.0, UNUSED)
 
 
 def tokenizer_of(path: Path, values: dict[str, Any]) -> Tokenizer | None:
@@ -60,14 +62,16 @@ def tokenizer_of(path: Path, values: dict[str, Any]) -> Tokenizer | None:
     if values.get(f"{_KEY}model") != b"llama":
         return None
     pieces = _pieces(path, values)
-    model = b"".join(_message(_PIECES, _encode(p)) for p in pieces)
     special = _special(path, values, pieces)
-    trainer = [(_MODEL_TYPE, _BPE), (_VOCAB_SIZE, len(pieces)), (_BYTE_FALLBACK, 1)]
+    model = b"".join(_message(_PIECES, _encode(p)) for p in pieces)
+    trainer: list[tuple[int, int | float | bytes]] = [
+        (_MODEL_TYPE, _BPE),
+        (_VOCAB_SIZE, len(pieces)),
+        (_BYTE_FALLBACK, 1),
+    ]
     for role, (id_field, piece_field) in _IDS.items():
-        i = special.get(role, -1)
-        trainer.append((id_field, i))
-        if i >= 0:
-            trainer.append((piece_field, pieces[i].text))
+        trainer += [(id_field, special[role]), (piece_field, pieces[special[role]].text)]
+    trainer.append((_PAD_ID, -1))
     normalizer = [
         (_NAME, b"identity"),
         (_DUMMY_PREFIX, int(_flag(values, "add_space_prefix", True))),
@@ -82,8 +86,7 @@ def tokenizer_of(path: Path, values: dict[str, Any]) -> Tokenizer | None:
 
 
 def _pieces(path: Path, values: dict[str, Any]) -> list[Piece]:
-    """Tokens, scores and types, without the padding at their end. BOS and EOS count as control pieces, whatever the
-    file says: "</s>" that a user types is text."""
+    """Tokens, scores and types, without the padding at their end."""
     tokens, scores, types = (values.get(_KEY + k) for k in ("tokens", "scores", "token_type"))
     if not (
         isinstance(tokens, list)
@@ -95,22 +98,26 @@ def _pieces(path: Path, values: dict[str, Any]) -> list[Piece]:
     ):
         raise ValueError(f"{path}: lacks tokens, or a score and a type for each; {_REMEDY}")
     pieces = [Piece(t, s, k) for t, s, k in zip(tokens, scores.tolist(), types.tolist(), strict=True)]
-    while pieces and pieces[-1] == padding(range(len(pieces) - 1, len(pieces)))[0]:
-        pieces.pop()
-    for role in ("bos", "eos"):
-        i = values.get(f"{_KEY}{role}_token_id")
-        if isinstance(i, int) and 0 <= i < len(pieces):
-            pieces[i] = Piece(pieces[i].text, pieces[i].score, CONTROL)
+    while pieces and pieces[-1].text == padding(len(pieces) - 1).text and pieces[-1].kind in (UNKNOWN, UNUSED):
+        pieces.pop()  # older converters call them unknown
     return pieces
 
 
 def _special(path: Path, values: dict[str, Any], pieces: list[Piece]) -> dict[str, int]:
-    """Ids by role. The unknown piece is the one of that type: SentencePiece has exactly one."""
-    ids = {"unk": next((i for i, p in enumerate(pieces) if p.kind == UNKNOWN), -1)}
-    for role, usual in (("bos", 1), ("eos", 2)):
-        ids[role] = values.get(f"{_KEY}{role}_token_id", usual)  # llama.cpp's defaults
+    """Ids by role, and those pieces put right: llama.cpp's converter makes control pieces of whatever a
+    tokenizer_config.json lists, <unk> too, and writes spaces in user-defined ones.
+
+    BOS and EOS become control pieces, whatever the file says: "</s>" that a user types is text.
+    """
+    ids = {}
+    for role, key, usual in (("unk", "unknown", 0), ("bos", "bos", 1), ("eos", "eos", 2)):  # llama.cpp's defaults
+        ids[role] = values.get(f"{_KEY}{key}_token_id", usual)
         if not isinstance(ids[role], int) or not 0 <= ids[role] < len(pieces):
-            raise ValueError(f"{path}: {role}_token_id is {str(ids[role])[:40]}, which is no token; {_REMEDY}")
+            raise ValueError(f"{path}: {key}_token_id is {str(ids[role])[:40]}, which is no token; {_REMEDY}")
+    kinds = {ids["unk"]: UNKNOWN, ids["bos"]: CONTROL, ids["eos"]: CONTROL}
+    for i, p in enumerate(pieces):
+        text = p.text.replace(b" ", SPACE) if p.kind == USER_DEFINED else p.text
+        pieces[i] = Piece(text, p.score, kinds.get(i, UNUSED if p.kind == UNKNOWN else p.kind))
     return ids
 
 
