@@ -29,7 +29,7 @@ from llama import checkpoint, files
 from llama.chat import ChatFormat
 from llama.command_line import Parser
 from llama.config import LlamaConfig
-from llama.gguf_files import GGUF, as_stored, bytes_in_gguf, dtype_in_gguf, write_gguf
+from llama.gguf_files import GGUF, LARGEST_Q8_0, as_stored, bytes_in_gguf, dtype_in_gguf, write_gguf
 from llama.gguf_format import FLOAT_KINDS, is_gguf, package
 from llama.hf_files import HuggingFace
 from llama.layout import Entry, entries
@@ -306,6 +306,8 @@ def _read(job: Job, e: Entry) -> Tensor:
     out = t.to(_dtype(job, e))
     if out.dtype != t.dtype and (bad := _not_finite(out)):
         raise ValueError(f"{stored} has {bad:,} values too large for {DTYPES[out.dtype]}; use bfloat16 or float32")
+    if job.packed and max(map(abs, torch.aminmax(out))) > LARGEST_Q8_0:
+        raise ValueError(f"{stored} has values too large for {_PACKED}; use bfloat16 or float32")
     return out
 
 

@@ -40,6 +40,8 @@ _ARCHITECTURE = "llama"
 # Types of a whole file, which its matrices have: Q8_0 is 32 whole numbers of 8 bits and their fp16 scale.
 _FILE_TYPES = {"F32": "ALL_F32", "BF16": "MOSTLY_BF16", "F16": "MOSTLY_F16", "Q8_0": "MOSTLY_Q8_0"}
 
+LARGEST_Q8_0 = 127 * 65504.0  # the scale is fp16
+
 
 def kind_in_gguf(e: Entry, file_kind: str) -> str:
     """Number type of a tensor in a file of that type: llama.cpp computes with norms in fp32 only, and keeps rows that
@@ -169,8 +171,10 @@ _KEYS: dict[str, tuple[tuple[type, ...], float, float]] = {
 
 def _config(path: Path, values: dict[str, Any], tensors: dict[str, Packed], factors: Packed | None) -> LlamaConfig:
     def get(key: str, default: Any = None) -> Any:
-        value = values.get(f"{_ARCHITECTURE}.{key}", default)
+        value = values.get(f"{_ARCHITECTURE}.{key}")
         kinds, least, most = _KEYS[key]
+        if value is None and default is not None:
+            return default
         if value is None:
             raise ValueError(f"{path}: {_ARCHITECTURE}.{key} is missing")
         if not isinstance(value, kinds) or isinstance(value, bool) or not least <= value <= most:
@@ -180,22 +184,17 @@ def _config(path: Path, values: dict[str, Any], tensors: dict[str, Packed], fact
 
     if get("expert_count", 0):
         raise ValueError(f"{path}: a mixture of {get('expert_count')} experts (Mixtral); only plain LLaMAs open here")
-    heads, dim = get("attention.head_count"), get("embedding_length")
-    head_dim = get("attention.key_length", get("rope.dimension_count", dim // heads))
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if get(key, head_dim) != head_dim:
-            raise ValueError(f"{path}: {_ARCHITECTURE}.{key} is {get(key)}, the head size {head_dim}; they must agree")
     if "token_embd.weight" not in tensors:
         raise ValueError(f"{path}: token_embd.weight is missing; not a whole LLaMA (a vocabulary alone?)")
     try:
         config = LlamaConfig(
-            dim=dim,
+            dim=get("embedding_length"),
             n_layers=get("block_count"),
-            n_heads=heads,
-            n_kv_heads=get("attention.head_count_kv", heads),
+            n_heads=get("attention.head_count"),
+            n_kv_heads=get("attention.head_count_kv", get("attention.head_count")),
             ffn_dim=get("feed_forward_length"),
             vocab_size=get("vocab_size", tensors["token_embd.weight"].shape[0]),
-            head_dim=head_dim,
+            head_dim=get("attention.key_length", 0),
             norm_eps=_decimal(get("attention.layer_norm_rms_epsilon")),
             rope_theta=_decimal(get("rope.freq_base", 10000.0)),
             max_seq_len=get("context_length"),
@@ -203,15 +202,19 @@ def _config(path: Path, values: dict[str, Any], tensors: dict[str, Packed], fact
         )
     except ValueError as e:
         raise ValueError(str(e) if str(e).startswith(str(path)) else f"{path}: {e}") from None
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if get(key, config.head_dim) != config.head_dim:
+            sizes = f"{get(key)}, the head size {config.head_dim}"
+            raise ValueError(f"{path}: {_ARCHITECTURE}.{key} is {sizes}; they must agree")
     if factors is not None:
         original = get("rope.scaling.original_context_length", 8192)
         return dataclasses.replace(config, rope_scaling=_llama3_scaling(path, config, factors, original))
-    kind = _text(values.get(f"{_ARCHITECTURE}.rope.scaling.type", b"none"))
+    kind = _text(values.get(f"{_ARCHITECTURE}.rope.scaling.type", b"linear"))  # llama.cpp's default
     factor = _decimal(get("rope.scaling.factor", get("rope.scale_linear", 1.0)))
     if kind not in ("none", "linear"):
         raise ValueError(f"{path}: rope scaling {kind!r} is not supported; none, linear and Llama 3's are")
-    linear = factor != 1 and (kind == "linear" or f"{_ARCHITECTURE}.rope.scale_linear" in values)
-    return dataclasses.replace(config, rope_scaling=RopeScaling("linear", factor)) if linear else config
+    scaling = RopeScaling("linear", factor) if kind == "linear" and factor != 1 else None
+    return dataclasses.replace(config, rope_scaling=scaling)
 
 
 def as_stored(c: LlamaConfig) -> LlamaConfig:

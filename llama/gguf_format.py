@@ -243,10 +243,11 @@ def pack(t: Tensor, kind: str) -> np.ndarray[Any, Any]:
     gguf = package()
     whole = np.empty(packed_bytes(tuple(t.shape), kind), np.uint8)
     at = 0
-    for rows in _chunks(t):
-        part = gguf.quants.quantize(rows.float().numpy(), gguf.GGMLQuantizationType[kind])
-        whole[at : at + part.size] = part.reshape(-1)
-        at += part.size
+    with np.errstate(all="ignore"):  # the inverse of a scale below fp32's smallest; such a block is all 0
+        for rows in _chunks(t):
+            part = gguf.quants.quantize(rows.float().numpy(), gguf.GGMLQuantizationType[kind])
+            whole[at : at + part.size] = part.reshape(-1)
+            at += part.size
     return whole
 
 
