@@ -148,9 +148,8 @@ def convert(args: argparse.Namespace) -> None:
     size = sum(_bytes(e, job) for e in _entries(job))
     if args.to == "gguf":
         with _atomic_file(args.dst, size + _SLACK) as file:
-            write_gguf(
-                file, _stream(job, size), job.config, _required(job.tokenizer), job.gguf_kind, args.src.resolve().stem
-            )
+            named = args.src.resolve().stem, _chat_format(job.source)
+            write_gguf(file, _stream(job, size), job.config, _required(job.tokenizer), job.gguf_kind, *named)
             result = GGUF(file)
             _compare_config(job, result.config)
             _compare(job, result, size)
@@ -354,7 +353,7 @@ def _compare_config(job: Job, result: LlamaConfig) -> None:
 
 def _write_directory(job: Job, directory: Path, size: int) -> None:
     src = job.source.path
-    chat_format = checkpoint.load_chat_format(src) if (src / "chat_format.json").exists() else None
+    chat_format = _chat_format(job.source)
     generation = checkpoint.load_generation(src) if src.is_dir() else {}
     if job.to == "hf":
         extra = _LLAMA3_IDS if job.tokenizer is None and job.config.vocab_size == _LLAMA3_VOCABULARY else _ids(job)
@@ -374,6 +373,13 @@ def _write_directory(job: Job, directory: Path, size: int) -> None:
         for name in _TOKENIZER_FILES:
             if (src / name).is_file():
                 (directory / name).write_bytes(files.read_bytes(src / name))
+
+
+def _chat_format(source: Source) -> ChatFormat | None:
+    """The prompt format that the source states."""
+    if isinstance(source, GGUF):
+        return source.chat_format()
+    return checkpoint.load_chat_format(source.path) if (source.path / "chat_format.json").exists() else None
 
 
 def _copy_prompting(directory: Path, chat_format: ChatFormat | None, generation: dict[str, Any]) -> None:

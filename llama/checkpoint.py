@@ -107,7 +107,10 @@ def _gguf_tokenizer(source: GGUF) -> Tokenizer:
 
 def load_chat_format(path: str | Path) -> ChatFormat:
     """The prompt format a model was trained with; ChatDoctor's when the directory does not say."""
-    file = _directory(path) / "chat_format.json"
+    path = _directory(path)
+    if is_gguf(path):
+        return GGUF(path).chat_format() or ChatFormat()
+    file = path / "chat_format.json"
     if not file.exists():
         return ChatFormat()
     try:

@@ -7,6 +7,7 @@ llama.cpp's own converter (convert_hf_to_gguf.py, LlamaModel): q and k rows in M
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llama.chat import ChatFormat
 from llama.config import LlamaConfig, RopeScaling
 from llama.gguf_format import (
     FLOATS,
@@ -30,6 +32,7 @@ from llama.gguf_format import (
 )
 from llama.gguf_tokenizer import padding, pieces_of, tokenizer_of
 from llama.hf_files import check_names, wanted
+from llama.hf_tokenizer import chat_template
 from llama.layout import Entry, deinterleave, entries, interleave
 from llama.model import rotation_frequencies
 from llama.tokenizer import Tokenizer
@@ -37,6 +40,7 @@ from llama.torch_files import Unchanged
 
 _ROPE = "rope_freqs.weight"
 _ARCHITECTURE = "llama"
+_CHAT_FORMAT = "chatdoctor.chat_format"  # our own key: chat_format.json; llama.cpp reads the Jinja template beside it
 # Types of a whole file, which its matrices have: Q8_0 is 32 whole numbers of 8 bits and their fp16 scale.
 _FILE_TYPES = {"F32": "ALL_F32", "BF16": "MOSTLY_BF16", "F16": "MOSTLY_F16", "Q8_0": "MOSTLY_Q8_0"}
 
@@ -130,6 +134,15 @@ class GGUF:
     def tokenizer_kind(self) -> str:
         """What the file calls its tokenizer, for a message."""
         return _text(self.values.get("tokenizer.ggml.model"))
+
+    def chat_format(self) -> ChatFormat | None:
+        """The prompt format, where write_gguf has put it."""
+        if _CHAT_FORMAT not in self.values:
+            return None
+        try:
+            return ChatFormat.from_json(json.loads(self.values[_CHAT_FORMAT]))
+        except (ValueError, TypeError, RecursionError):
+            raise ValueError(f"{self.path}: its {_CHAT_FORMAT} is none; damaged, fetch it again") from None
 
     def ids(self) -> dict[str, Any]:
         """BOS and EOS ids, as config.json spells them."""
@@ -269,14 +282,19 @@ def write_gguf(
     tokenizer: Tokenizer,
     file_kind: str,
     name: str,
+    chat_format: ChatFormat | None = None,
 ) -> None:
     """Write one GGUF file, a tensor at a time. tensors: those of entries(c), in order, in our layout and in
-    dtype_in_gguf's number type. file_kind: F32, BF16, F16 or Q8_0, which the matrices get."""
+    dtype_in_gguf's number type. file_kind: F32, BF16, F16 or Q8_0, which the matrices get. chat_format: llama.cpp's
+    chat gets it as a template."""
     gguf = package()
     writer = gguf.GGUFWriter(path, _ARCHITECTURE)
     try:
         _add_metadata(writer, gguf, c, file_kind, name)
         _add_tokenizer(writer, tokenizer, c.vocab_size)
+        if chat_format is not None:
+            writer.add_chat_template(chat_template(chat_format))
+            writer.add_string(_CHAT_FORMAT, json.dumps(chat_format.to_json()))
         factors = rope_factors(c)
         if factors is not None:
             writer.add_tensor_info(_ROPE, factors.shape, factors.dtype, factors.nbytes)

@@ -115,7 +115,7 @@ class _Cursor:
             if inner == _STRING:
                 return [self.text() for _ in range(count)]  # the file ends before a hostile count does
             kind = inner
-        raise ValueError(f"{self.path}: {key[:80]!r} has a value of type {kind}, which GGUF lacks; damaged or too new")
+        raise ValueError(f"{self.path}: {key[:40]!r} has a value of type {kind}, which GGUF lacks; damaged or too new")
 
 
 def read_header(path: Path) -> Header:
@@ -138,7 +138,7 @@ def read_header(path: Path) -> Header:
         for _ in range(value_count):
             key = c.name()
             if key in values:
-                raise ValueError(f"{path}: says {key[:80]!r} twice; damaged, fetch it again")
+                raise ValueError(f"{path}: says {key[:40]!r} twice; damaged, fetch it again")
             values[key] = c.value(key, c.number("I"))
         _refuse_parts(path, values)
         infos = list(_infos(c, tensor_count))
@@ -167,7 +167,7 @@ def _infos(c: _Cursor, count: int) -> Iterator[tuple[str, tuple[int, ...], int, 
         name = c.name()
         dimensions = c.number("I")
         if not 1 <= dimensions <= 4:
-            raise ValueError(f"{c.path}: tensor {name[:80]!r} has {dimensions:,} dimensions; damaged, fetch it again")
+            raise ValueError(f"{c.path}: tensor {name[:40]!r} has {dimensions:,} dimensions; damaged, fetch it again")
         shape = tuple(c.number("Q") for _ in range(dimensions))[::-1]
         yield name, shape, c.number("I"), c.number("Q")
 
@@ -176,7 +176,7 @@ def _locate(path: Path, infos: list[tuple[str, tuple[int, ...], int, int]], star
     gguf = package()
     tensors: dict[str, Packed] = {}
     for name, shape, number, offset in infos:
-        about = f"{path}: tensor {name[:80]!r}"
+        about = f"{path}: tensor {name[:40]!r}"
         if name in tensors:
             raise ValueError(f"{about} is there twice; damaged, fetch it again")
         try:
@@ -199,7 +199,7 @@ def _locate(path: Path, infos: list[tuple[str, tuple[int, ...], int, int]], star
     end = start
     for name, p in sorted(tensors.items(), key=lambda item: item[1].offset):
         if p.offset < end:
-            raise ValueError(f"{path}: tensor {name[:80]!r} overlaps another; damaged, fetch it again")
+            raise ValueError(f"{path}: tensor {name[:40]!r} overlaps another; damaged, fetch it again")
         end = p.offset + p.size
     return tensors
 

@@ -26,10 +26,16 @@ pytest.importorskip("gguf")
 SCALING = RopeScaling("llama3", 8.0, original_max_seq_len=64)
 
 
-def save(path: Path, c: LlamaConfig, tokenizer: Tokenizer, dtype: torch.dtype = torch.float16) -> None:
+def save(
+    path: Path,
+    c: LlamaConfig,
+    tokenizer: Tokenizer,
+    dtype: torch.dtype = torch.float16,
+    chat_format: ChatFormat | None = None,
+) -> None:
     generator = torch.Generator().manual_seed(0)
     weights = [(e.name, torch.randn(e.shape, generator=generator).mul(0.3).to(dtype)) for e in entries(c)]
-    checkpoint.save_model(path, weights, c, tokenizer, None)
+    checkpoint.save_model(path, weights, c, tokenizer, chat_format)
 
 
 def convert(*argv: object) -> None:
@@ -71,6 +77,24 @@ def test_a_model_survives_gguf(tmp_path: Path, small_tokenizer: Tokenizer, dtype
     assert checkpoint.load_chat_format(tmp_path / "back") == ChatFormat()
     tokenizer = checkpoint.load_tokenizer(tmp_path / "back")
     assert tokenizer.encode("I have pain  in the \u00e9") == small_tokenizer.encode("I have pain  in the \u00e9")
+
+
+def test_the_prompt_format_comes_along(
+    tmp_path: Path, small_tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """For us, and as the template of llama.cpp's chat."""
+    chat_format = ChatFormat("dialogue", "Be brief.")
+    config = LlamaConfig(64, 2, 4, 2, 96, small_tokenizer.vocab_size)
+    save(tmp_path / "hf", config, small_tokenizer, chat_format=chat_format)
+    convert(tmp_path / "hf", tmp_path / "x.gguf", "--to", "gguf")
+    convert(tmp_path / "x.gguf", tmp_path / "back")
+    for path in (tmp_path / "x.gguf", tmp_path / "back"):
+        assert checkpoint.load_chat_format(path) == chat_format
+    said = json.loads((tmp_path / "hf/tokenizer_config.json").read_text())["chat_template"]
+    assert GGUF(tmp_path / "x.gguf").values["tokenizer.chat_template"].decode() == said
+    data = (tmp_path / "x.gguf").read_bytes()
+    (tmp_path / "y.gguf").write_bytes(data.replace(b'"version": 1', b'"version": 2'))
+    assert "chatdoctor.chat_format is none; damaged" in refused(capsys, tmp_path / "y.gguf", tmp_path / "dst")
 
 
 def test_q8_0(tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
