@@ -97,6 +97,7 @@ class GGUF:
         if unknown := [kind for kind in kinds if not can_unpack(kind)]:
             raise ValueError(f"{path}: holds {unknown[0]} numbers, which the gguf package cannot unpack")
         self.label = f"GGUF {'/'.join(kinds)}"
+        self._packed = any(p.dtype is None for p in self._stored.values())
         self._matrices = {p.dtype for p in self._stored.values() if len(p.shape) > 1}
 
     def dtype(self, e: Entry) -> torch.dtype:
@@ -104,12 +105,11 @@ class GGUF:
 
         llama.cpp stores norms as fp32 whatever they were: they count as what the matrices are, if that holds them.
         """
-        if None in self._matrices:
-            return torch.float16
         stored = self._stored[e.gguf].dtype
-        assert stored is not None
+        if stored is None or self._packed:
+            return torch.float16
         if len(e.shape) == 1 and len(self._matrices) == 1:
-            (narrow,) = self._matrices
+            narrow = next(iter(self._matrices))
             t = unpack(self.path, self._stored[e.gguf])
             return narrow if torch.equal(t.to(narrow).to(t.dtype), t) else stored
         return stored

@@ -44,11 +44,14 @@ def package() -> ModuleType:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a file begins as GGUF files do."""
+    """Whether a file begins as GGUF files do. ValueError when it cannot be read."""
     if not path.is_file():
         return False
-    with open(path, "rb") as f:
-        return f.read(4) == MAGIC
+    try:
+        with open(path, "rb") as f:
+            return f.read(4) == MAGIC
+    except OSError as e:
+        raise ValueError(f"{path}: cannot be read ({e.strerror})") from None
 
 
 @dataclass(frozen=True)

@@ -182,6 +182,12 @@ def test_mixed_types_in_one_file(tmp_path: Path) -> None:
         assert source.dtype(e) == torch.float16
 
 
+def test_a_packed_norm_makes_a_packed_file(tmp_path: Path) -> None:
+    config = LlamaConfig(64, 1, 4, 4, 96, 50)
+    as_llama_cpp_writes(tmp_path / "x.gguf", config, lambda name: "Q8_0" if name == "output_norm.weight" else "F32")
+    assert {GGUF(tmp_path / "x.gguf").dtype(e) for e in entries(config)} == {torch.float16}
+
+
 @pytest.mark.parametrize(
     ("matrices", "norm", "dtypes"),
     [

@@ -76,6 +76,16 @@ def test_values_and_tensors(tmp_path: Path) -> None:
     assert not is_gguf(tmp_path)
 
 
+def test_a_file_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*args: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "x.gguf").write_bytes(raw())
+    monkeypatch.setattr(gguf_format, "open", failing, raising=False)
+    with pytest.raises(ValueError, match=r"x.gguf: cannot be read \(Permission denied\)"):
+        is_gguf(tmp_path / "x.gguf")
+
+
 def key(name: str, kind: int, value: bytes) -> dict[str, Any]:
     return {"keys": (ARCHITECTURE, (name, kind, value))}
 
