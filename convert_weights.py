@@ -1,10 +1,10 @@
-"""Weights from one layout to another: Meta or Hugging Face in; Hugging Face, Meta or GGUF out; quantised if asked.
+"""Weights from one layout to another: Meta, Hugging Face or GGUF in and out; quantised if asked.
 
     python convert_weights.py SRC DST [--to hf|meta|gguf] [--dtype bfloat16|int8|int4|...]
 
-SRC is a directory, told apart by what is in it. Tensors go through one at a time; every one is read back from the
-result and compared with the source before DST appears. Nothing in SRC is trusted, and nothing is guessed or skipped:
-one line says what is wrong, and no DST is left behind.
+SRC is a directory or a GGUF file, told apart by content. Tensors go through one at a time; every one is read back from
+the result and compared with the source before DST appears. Nothing in SRC is trusted, and nothing is guessed or
+skipped: one line says what is wrong, and no DST is left behind.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import itertools
 import json
 import os
 import re
@@ -27,12 +26,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.records import read_records
+from data.calibration import calibration_tokens
 from llama import checkpoint, files, quantised_files
-from llama.chat import ChatFormat, render
+from llama.chat import ChatFormat
 from llama.command_line import Parser
 from llama.config import LlamaConfig
-from llama.gguf_files import GGUF, dtype_in_gguf, package, write_gguf
+from llama.gguf_files import GGUF, LARGEST_Q8_0, as_stored, bytes_in_gguf, dtype_in_gguf, write_gguf
+from llama.gguf_format import FLOAT_KINDS, is_gguf, package
 from llama.hf_files import HuggingFace
 from llama.layout import Entry, entries
 from llama.meta_files import Meta, all_entries, check_shards, write_meta
@@ -43,13 +43,13 @@ from llama.weights import is_quantised, stored_bytes, write_weights
 
 _TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 QUANTISED = {"int8": 8, "int4": 4}  # what --dtype calls them, and their bits
-CALIBRATION = 128, 512  # dialogues, and tokens of each
+_PACKED = "q8_0"  # the --dtype that only GGUF has
 _SLACK = 32 << 20  # bytes for everything but the tensors, when free space is checked
 _LLAMA3_VOCABULARY, _LLAMA3_IDS = 128256, {"bos_token_id": 128000, "eos_token_id": 128001}
 
 
 class Source(Protocol):
-    """Where tensors come from: Meta or HuggingFace."""
+    """Where tensors come from: Meta, HuggingFace or GGUF."""
 
     kind: str
     label: str
@@ -81,7 +81,7 @@ class Reader(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One conversion, checked: from `source` into `to`, as `config` in `dtype`."""
+    """One conversion, checked: from `source` into `to`, as `config` in `dtype`. packed: --to gguf makes Q8_0 of it."""
 
     source: Source
     to: str
@@ -91,6 +91,12 @@ class Job:
     shards: int
     max_shard: int
     scheme: Scheme | None = None
+    packed: bool = False
+
+    @property
+    def gguf_kind(self) -> str:
+        """The type of a whole GGUF file, as GGUF calls it."""
+        return "Q8_0" if self.packed else FLOAT_KINDS[self.dtype]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -122,11 +128,12 @@ def interrupt(signum: int, frame: object) -> None:
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
     p = Parser("convert_weights.py", (__doc__ or "").split("\n")[0])
-    p.add_argument("src", type=Path, help="directory: Meta's (params.json, consolidated.NN.pth) or Hugging Face's")
+    p.add_argument("src", type=Path, help="directory of Meta's or Hugging Face's files, or a GGUF file")
     p.add_argument("dst", type=Path, help="directory to make; for gguf a file")
     p.add_argument("--to", choices=("hf", "meta", "gguf"), default="hf", help="layout to write (default: hf)")
-    kinds = (*DTYPES.values(), *QUANTISED)
-    p.add_argument("--dtype", choices=kinds, help="number type to write (default: as in SRC); int8, int4: to hf only")
+    kinds = (*DTYPES.values(), *QUANTISED, _PACKED)
+    about = f"number type to write (default: as in SRC); {', '.join(QUANTISED)}: Hugging Face, {_PACKED}: GGUF"
+    p.add_argument("--dtype", choices=kinds, help=about)
     p.add_argument("--group_size", type=int, help="weights that share a scale, with int4: 32, 64 or 128 (default: 64)")
     p.add_argument(
         "--calibration", type=Path, metavar="FILE", help="dialogues, in any shape train.py reads, to round int4 well by"
@@ -151,10 +158,11 @@ def convert(args: argparse.Namespace) -> None:
         size = sum(_bytes(e, job) for e in _entries(job))
     if args.to == "gguf":
         with _atomic_file(args.dst, size + _SLACK) as file:
-            write_gguf(
-                file, _stream(job, size), job.config, _required(job.tokenizer), job.dtype, args.src.resolve().name
-            )
-            _compare(job, GGUF(file, job.config), size)
+            named = args.src.resolve().stem, _chat_format(job.source)
+            write_gguf(file, _stream(job, size), job.config, _required(job.tokenizer), job.gguf_kind, *named)
+            result = GGUF(file)
+            _compare_config(job, result.config)
+            _compare(job, result, size)
             job.source.check_unchanged()
     elif job.scheme is not None:
         with files.atomic_directory(args.dst, size + _SLACK) as directory:
@@ -163,9 +171,9 @@ def convert(args: argparse.Namespace) -> None:
     else:
         with files.atomic_directory(args.dst, size + _SLACK) as directory:
             _write_directory(job, directory, size)
-            result = (HuggingFace if args.to == "hf" else Meta)(directory, mmap=False)
-            _compare_config(job, result.config)
-            _compare(job, result, size)
+            written = (HuggingFace if args.to == "hf" else Meta)(directory, mmap=False)
+            _compare_config(job, written.config)
+            _compare(job, written, size)
             job.source.check_unchanged()
     _summarise(job, args.dst, size)
 
@@ -194,23 +202,25 @@ def plan(args: argparse.Namespace) -> Job:
     if args.max_seq_len is not None:
         config = dataclasses.replace(config, max_seq_len=args.max_seq_len)
     kinds = {source.dtype(e) for e in entries(config)}
-    scheme = find_scheme(args, config)
-    named = {name: d for d, name in DTYPES.items()}
-    dtype = quantised_files.DTYPE if scheme else named[args.dtype] if args.dtype else _widest(kinds)
+    packed = args.dtype == _PACKED
+    if packed and args.to != "gguf":
+        raise ValueError(f"--dtype {_PACKED}: only --to gguf has it")
+    named = {name: d for d, name in DTYPES.items()} | {_PACKED: torch.float32}
     if args.to == "meta":
         check_shards(config, args.shards)
-    tokenizer = find_tokenizer(args.src, args.tokenizer)
+    own = isinstance(source, GGUF) and args.tokenizer is None
+    tokenizer = source.tokenizer() if own else find_tokenizer(args.src, args.tokenizer)
     if tokenizer is None and args.to == "gguf":
         raise ValueError(f"{args.src}: has no SentencePiece tokenizer, which GGUF needs; give --tokenizer FILE")
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         rows = f"the embedding has {config.vocab_size:,} rows"
         raise ValueError(f"{args.src}: the tokenizer has {tokenizer.vocab_size:,} pieces, but {rows}; give --tokenizer")
-    if args.calibration is not None:
-        _check_calibration(args.calibration, tokenizer)
-    return Job(source, args.to, config, dtype, tokenizer, args.shards, parse_size(args.max_shard_size), scheme)
+    scheme = find_scheme(args, config, tokenizer)
+    dtype = quantised_files.DTYPE if scheme else named[args.dtype] if args.dtype else _widest(kinds)
+    return Job(source, args.to, config, dtype, tokenizer, args.shards, parse_size(args.max_shard_size), scheme, packed)
 
 
-def find_scheme(args: argparse.Namespace, config: LlamaConfig) -> Scheme | None:
+def find_scheme(args: argparse.Namespace, config: LlamaConfig, tokenizer: Tokenizer | None) -> Scheme | None:
     """How --dtype and --group_size quantise; None: not at all."""
     if args.dtype not in QUANTISED:
         for flag in ("group_size", "calibration"):
@@ -218,40 +228,21 @@ def find_scheme(args: argparse.Namespace, config: LlamaConfig) -> Scheme | None:
                 raise ValueError(f"--{flag} {getattr(args, flag)}: only --dtype int4 has it")
         return None
     if args.to != "hf":
-        raise ValueError(f"--dtype {args.dtype}: only --to hf can hold it (for GGUF see --dtype q8_0)")
-    bits = QUANTISED[args.dtype]
-    if bits == 8 and args.group_size is not None:
-        raise ValueError(f"--group_size {args.group_size}: int8 has one scale for each row; leave it out")
-    widths = {e.shape[1]: e.hf for e in entries(config) if is_quantised(e)}
-    fits = [g for g in (64, 32) if not any(width % g for width in widths)]
-    scheme = Scheme(bits, 0 if bits == 8 else args.group_size or (fits[0] if fits else 32))
-    for width, name in widths.items():
-        scheme.check(name, width)
-    return scheme
-
-
-def _check_calibration(file: Path, tokenizer: Tokenizer | None) -> None:
-    if tokenizer is None:
-        raise ValueError(f"--calibration {file}: SRC has no SentencePiece tokenizer to read it with")
-    if not file.is_file():
-        raise ValueError(f"--calibration {file}: {'is no file' if file.exists() else 'does not exist'}")
-
-
-def calibration_tokens(job: Job, file: Path) -> list[Tensor]:
-    """Ids (1, T) of the first dialogues of a file, in the source's prompt format, at most CALIBRATION[1] each."""
-    chat_format = checkpoint.load_chat_format(job.source.path)
-    count, length = CALIBRATION
-    dialogues = (r.dialogue for r in read_records(file, instruction=chat_format.instruction))
-    ids = [render(d, chat_format, _required(job.tokenizer))[0][:length] for d in itertools.islice(dialogues, count)]
-    if not ids:  # an empty JSON array
-        raise ValueError(f"--calibration {file}: holds no dialogues")
-    return [torch.tensor([row]) for row in ids]
+        raise ValueError(f"--dtype {args.dtype}: only --to hf can hold it (for GGUF see --dtype {_PACKED})")
+    if args.calibration is not None and tokenizer is None:
+        raise ValueError(f"--calibration {args.calibration}: SRC has no SentencePiece tokenizer to read it with")
+    if args.calibration is not None and not args.calibration.is_file():
+        what = "is no file" if args.calibration.exists() else "does not exist"
+        raise ValueError(f"--calibration {args.calibration}: {what}")
+    return quantised_files.scheme_for(config, QUANTISED[args.dtype], args.group_size)
 
 
 def open_source(path: Path, mmap: bool) -> Source:
-    """The source in a directory, told apart by its files. ValueError when there is none."""
+    """The source in a directory, told apart by its files, or a GGUF file. ValueError when there is none."""
+    if is_gguf(path):
+        return GGUF(path)
     if not path.is_dir():
-        what = "is a file; give the directory it is in" if path.exists() else "does not exist"
+        what = "is a file, and no GGUF; give the directory it is in" if path.exists() else "does not exist"
         raise ValueError(f"{path}: {what}")
     if (path / files.MANIFEST).exists():
         files.verify(path)
@@ -272,6 +263,7 @@ def open_source(path: Path, mmap: bool) -> Source:
     if "params.json" in names:
         raise ValueError(f"{path / 'consolidated.00.pth'}: missing; fetch it")
     inner = sorted(p.name for p in path.iterdir() if p.is_dir() and (p / "params.json").exists())
+    inner = inner or sorted(n for n in names if n.endswith(".gguf"))
     hint = f"; did you mean {path / inner[0]}?" if inner else ""
     raise ValueError(f"{path}: no model.safetensors, pytorch_model.bin or consolidated.00.pth in it{hint}")
 
@@ -324,11 +316,13 @@ def _source_entry(job: Job, e: Entry) -> Entry:
 
 
 def _dtype(job: Job, e: Entry) -> torch.dtype:
-    return dtype_in_gguf(e, job.dtype) if job.to == "gguf" else job.dtype
+    return dtype_in_gguf(e, job.gguf_kind) if job.to == "gguf" else job.dtype
 
 
 def _bytes(e: Entry, job: Job) -> int:
-    n = _dtype(job, e).itemsize
+    if job.to == "gguf":
+        return bytes_in_gguf(e, job.gguf_kind)
+    n = job.dtype.itemsize
     for d in e.shape:
         n *= d
     return n
@@ -337,7 +331,7 @@ def _bytes(e: Entry, job: Job) -> int:
 def _read(job: Job, e: Entry) -> Tensor:
     """A tensor of the source in the number type to write, all of it finite; as it is if it is going to be quantised."""
     t = job.source.read(_source_entry(job, e))
-    stored = f"{job.source.path}: {e.hf if job.source.kind == 'hf' else e.meta}"
+    stored = f"{job.source.path}: {getattr(e, job.source.kind)}"
     if bad := _not_finite(t):
         raise ValueError(f"{stored} has {bad:,} NaN or infinite values; the weights are damaged")
     if job.scheme is not None and is_quantised(e):
@@ -345,6 +339,8 @@ def _read(job: Job, e: Entry) -> Tensor:
     out = t.to(_dtype(job, e))
     if out.dtype != t.dtype and (bad := _not_finite(out)):
         raise ValueError(f"{stored} has {bad:,} values too large for {DTYPES[out.dtype]}; use bfloat16 or float32")
+    if job.packed and max(map(abs, torch.aminmax(out))) > LARGEST_Q8_0:
+        raise ValueError(f"{stored} has values too large for {_PACKED}; use bfloat16 or float32")
     return out
 
 
@@ -370,17 +366,21 @@ def _compare(job: Job, result: Reader, size: int) -> None:
     with _bar("reading back", size) as bar:
         for e in _entries(job):
             wrote = job.source.read(_source_entry(job, e)).to(_dtype(job, e))
-            read = result.read(_source_entry(job, e))
-            if not same_bits(wrote, read):
+            if isinstance(result, GGUF):
+                same = result.holds(e, wrote, job.gguf_kind)
+            else:
+                same = same_bits(wrote, result.read(_source_entry(job, e)))
+            if not same:
                 raise ValueError(f"{e.name}: reading it back gives other bits than were written; is the disk failing?")
-            del wrote, read
+            del wrote
             bar.update(_bytes(e, job))
 
 
 def _compare_config(job: Job, result: LlamaConfig) -> None:
     """The sizes as they come back. A head that happens to equal the embedding comes back from Meta's files as tied."""
-    if dataclasses.replace(result, tie_embeddings=job.config.tie_embeddings) != job.config:
-        pairs = ((f.name, getattr(job.config, f.name), getattr(result, f.name)) for f in dataclasses.fields(result))
+    config = as_stored(job.config) if job.to == "gguf" else job.config
+    if dataclasses.replace(result, tie_embeddings=config.tie_embeddings) != config:
+        pairs = ((f.name, getattr(config, f.name), getattr(result, f.name)) for f in dataclasses.fields(result))
         name, was, comes = next(p for p in pairs if p[1] != p[2] and p[0] != "tie_embeddings")
         raise ValueError(f"--to {job.to}: that layout cannot say {name} {was} (it would be read as {comes})")
 
@@ -401,8 +401,7 @@ def _write_directory(job: Job, directory: Path, size: int) -> None:
 
 def _prompting(job: Job) -> tuple[ChatFormat | None, dict[str, Any]]:
     src = job.source.path
-    chat_format = checkpoint.load_chat_format(src) if (src / "chat_format.json").exists() else None
-    return chat_format, checkpoint.load_generation(src)
+    return _chat_format(job.source), checkpoint.load_generation(src) if src.is_dir() else {}
 
 
 def _write_texts(job: Job, directory: Path, extra: dict[str, Any]) -> None:
@@ -431,12 +430,20 @@ def _write_quantised(job: Job, scheme: Scheme, directory: Path, calibration: Pat
     count = sum(map(is_quantised, entries(job.config)))
     with tqdm(total=count, desc="rounding", unit=" weights", disable=None) as bar:
         where = (functools.partial(_read, job), job.config, scheme, lambda: bar.update())
-        batches = None if calibration is None else calibration_tokens(job, calibration)
-        if batches is None:
+        if calibration is None:
             stream = quantised_files.by_rounding(*where)
         else:
-            stream = quantised_files.by_calibration(*where, batches)
+            chat_format = _chat_format(job.source) or ChatFormat()
+            tokens = calibration_tokens(calibration, chat_format, _required(job.tokenizer))
+            stream = quantised_files.by_calibration(*where, map(torch.tensor, tokens))
         quantised_files.write(directory, stream, job.config, scheme, job.max_shard)
+
+
+def _chat_format(source: Source) -> ChatFormat | None:
+    """The prompt format that the source states."""
+    if isinstance(source, GGUF):
+        return source.chat_format()
+    return checkpoint.load_chat_format(source.path) if (source.path / "chat_format.json").exists() else None
 
 
 def _copy_prompting(directory: Path, chat_format: ChatFormat | None, generation: dict[str, Any]) -> None:
@@ -448,9 +455,11 @@ def _copy_prompting(directory: Path, chat_format: ChatFormat | None, generation:
 
 
 def _ids(job: Job) -> dict[str, Any]:
-    """BOS and EOS ids of a source whose tokenizer is not SentencePiece's, as its config.json says."""
-    if job.tokenizer is not None or job.source.kind != "hf":
+    """BOS and EOS ids of a source whose tokenizer is not SentencePiece's, as its config.json or metadata says."""
+    if job.tokenizer is not None or job.source.kind == "meta":
         return {}
+    if isinstance(job.source, GGUF):
+        return job.source.ids()
     stated = files.read_json(job.source.path / "config.json")
     return {k: stated[k] for k in ("bos_token_id", "eos_token_id") if isinstance(stated.get(k), (int, list))}
 
@@ -474,7 +483,7 @@ def _summarise(job: Job, dst: Path, size: int) -> None:
     c, s = job.config, job.source
     count = sum(1 for _ in _entries(job))
     kinds = sorted({DTYPES[s.dtype(e)] for e in entries(c)})
-    wrote = DTYPES[job.dtype]
+    wrote = _PACKED if job.packed else DTYPES[job.dtype]
     if job.scheme is not None:
         groups = f", a scale for each {job.scheme.group}" if job.scheme.group else ""
         wrote = f"int{job.scheme.bits}{groups} (embedding{'' if c.tie_embeddings else ', head'} and norms {wrote})"
@@ -488,7 +497,8 @@ def _summarise(job: Job, dst: Path, size: int) -> None:
         say = "says" if len(s.ignored) == 1 else "say"
         print(f"ignored  {len(s.ignored)} that {say} nothing new: {', '.join(s.ignored[:3])}")
     if job.tokenizer is None:
-        print("note     no SentencePiece tokenizer: generate.py cannot talk to this model")
+        kind = f" (its own is {s.tokenizer_kind()!r})" if isinstance(s, GGUF) else ""
+        print(f"note     no SentencePiece tokenizer{kind}: generate.py cannot talk to this model")
     elif (rows := c.vocab_size - job.tokenizer.vocab_size) > 0:
         what = "1 row of the embedding is" if rows == 1 else f"{rows} rows of the embedding are"
         print(f"note     {what} beyond the tokenizer's {job.tokenizer.vocab_size} pieces; kept")

@@ -29,7 +29,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """The flags."""
     p = Parser("generate.py", __doc__)
     add = p.add_argument
-    add("--checkpoint", metavar="DIR", help=f"model directory; default: the one named in {LATEST}")
+    add("--checkpoint", metavar="DIR", help=f"model directory or GGUF file; default: the one named in {LATEST}")
     add(
         "--adapter",
         metavar="DIR",

@@ -1,4 +1,4 @@
-"""One directory <-> a model: the Hugging Face LLaMA layout, strict, atomic, streamed.
+"""One directory <-> a model: the Hugging Face LLaMA layout, strict, atomic, streamed. A GGUF file opens as well.
 
 train.py, generate.py, convert_weights.py, evaluate.py and serve.py open and save models here and nowhere else.
 Reading trusts nothing: a manifest is checked first when there is one, then names and shapes, and a failed load never
@@ -11,6 +11,7 @@ that what is loaded is what was stored; whoever samples must leave out ids from 
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -24,6 +25,8 @@ from torch.overrides import TorchFunctionMode
 from llama.chat import ChatFormat
 from llama.config import LlamaConfig, from_hf, to_hf
 from llama.files import MANIFEST, atomic_directory, read_bytes, read_json, settle, verify
+from llama.gguf_files import GGUF
+from llama.gguf_format import is_gguf
 from llama.hf_tokenizer import tokenizer_files
 from llama.layout import entries
 from llama.model import Llama
@@ -51,6 +54,8 @@ MAX_SHARD_BYTES = 5_000_000_000  # what transformers calls 5 GB
 
 def _directory(path: str | Path) -> Path:
     path = Path(path)
+    if is_gguf(path):
+        return path
     if not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"
         raise ValueError(f"{path}: {what}; give the directory of a model (models are not downloaded by name)")
@@ -59,8 +64,10 @@ def _directory(path: str | Path) -> Path:
 
 
 def load_config(path: str | Path) -> LlamaConfig:
-    """Sizes of the model in a directory."""
+    """Sizes of the model in a directory or GGUF file."""
     path = _directory(path)
+    if is_gguf(path):
+        return GGUF(path).config
     if not (path / "config.json").exists():
         if (path / "params.json").exists():
             raise ValueError(f"{path}: Meta's layout (params.json); run: python convert_weights.py {path} OUT")
@@ -75,7 +82,10 @@ def load_config(path: str | Path) -> LlamaConfig:
 
 def load_scheme(path: str | Path) -> Scheme | None:
     """How the weights in a directory are quantised; None: not at all."""
-    file = _directory(path) / "config.json"
+    path = _directory(path)
+    if is_gguf(path):
+        return None
+    file = path / "config.json"
     stated = read_json(file).get("quantization_config")
     try:
         return None if stated is None else from_json(stated)
@@ -86,6 +96,8 @@ def load_scheme(path: str | Path) -> Scheme | None:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The SentencePiece tokenizer of a directory; it must not have more pieces than the embedding has rows."""
     path = _directory(path)
+    if is_gguf(path):
+        return _gguf_tokenizer(GGUF(path))
     file = path / "tokenizer.model"
     if not file.exists():
         found = "only tokenizer.json" if (path / "tokenizer.json").exists() else "no tokenizer"
@@ -98,9 +110,22 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return tokenizer
 
 
+def _gguf_tokenizer(source: GGUF) -> Tokenizer:
+    tokenizer, rows = source.tokenizer(), source.config.vocab_size
+    if tokenizer is None:
+        kind = source.tokenizer_kind()
+        raise ValueError(f"{source.path}: its tokenizer is {kind!r}; only SentencePiece's ('llama') open here")
+    if tokenizer.vocab_size > rows:
+        raise ValueError(f"{source.path}: {tokenizer.vocab_size:,} tokens, but the embedding has {rows:,} rows")
+    return tokenizer
+
+
 def load_chat_format(path: str | Path) -> ChatFormat:
     """The prompt format a model was trained with; ChatDoctor's when the directory does not say."""
-    file = _directory(path) / "chat_format.json"
+    path = _directory(path)
+    if is_gguf(path):
+        return GGUF(path).chat_format() or ChatFormat()
+    file = path / "chat_format.json"
     if not file.exists():
         return ChatFormat()
     try:
@@ -122,9 +147,10 @@ def load_generation(path: str | Path) -> dict[str, Any]:
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Llama:
-    """The model in a Hugging Face directory, or in a `checkpoint-<step>/` of a training run.
+    """The model in a Hugging Face directory, in a `checkpoint-<step>/` of a training run, or in a GGUF file.
 
-    dtype None: as stored. ValueError, one line, for anything that is not exactly the model config.json describes.
+    dtype None: as stored (packed numbers: float16). ValueError, one line, for anything that is not exactly the model
+    that config.json or the GGUF file describes.
     """
     path = _directory(path)
     config = load_config(path)
@@ -133,12 +159,11 @@ def load_model(path: str | Path, device: torch.device | str = "cpu", dtype: torc
         from llama import lora_files
 
         return lora_files.load_training_state(path, config, device, dtype)
-    scheme = load_scheme(path)
-    weights = None if _is_training_state(path) else Weights(path, config, scheme)
+    weights = None if _is_training_state(path) else _weights(path, config)
     with torch.device("meta"), _NoInit():
         model = Llama(config)
     dtype = dtype or (weights.dtype() if weights else torch.float32)
-    if scheme is not None:
+    if (scheme := load_scheme(path)) is not None:
         replace(model.layers, lambda _, linear: empty(linear, scheme, device, dtype), scheme.bits)
     for module in model.modules():  # what to_empty() does, without its import of sympy (0.5 s)
         for name, p in module.named_parameters(recurse=False):
@@ -150,9 +175,28 @@ def load_model(path: str | Path, device: torch.device | str = "cpu", dtype: torc
 def stored_dtype(path: str | Path) -> torch.dtype:
     """The number type that load_model() gives a model by itself."""
     path = _directory(path)
-    if _is_training_state(path):
-        return torch.float32
-    return Weights(path, load_config(path), load_scheme(path)).dtype()
+    return torch.float32 if _is_training_state(path) else _weights(path, load_config(path)).dtype()
+
+
+class _FromGGUF:
+    """The tensors of a GGUF file by our names, as weights.Weights has those of a directory."""
+
+    def __init__(self, source: GGUF) -> None:
+        self._source = source
+        self._entries = {e.name: e for e in entries(source.config)}
+
+    def dtype(self) -> torch.dtype:
+        """The narrowest dtype for all of it, by what the file says of each."""
+        first, *others = {self._source.dtype(e) for e in self._entries.values()}
+        return functools.reduce(torch.promote_types, others, first)
+
+    def read(self, name: str, where: tuple[slice, ...] = (slice(None),)) -> Tensor:
+        """A tensor, or a part of it (of which the whole is read)."""
+        return self._source.read(self._entries[name])[where]
+
+
+def _weights(path: Path, config: LlamaConfig) -> Weights | _FromGGUF:
+    return _FromGGUF(GGUF(path)) if is_gguf(path) else Weights(path, config, load_scheme(path))
 
 
 class _NoInit(TorchFunctionMode):
@@ -209,7 +253,10 @@ def _is_training_state(path: Path) -> bool:
 
 @torch.no_grad()
 def _fill(
-    model: Llama, path: Path, weights: Weights | None, assign: Callable[[nn.Parameter, Tensor], object] = copied
+    model: Llama,
+    path: Path,
+    weights: Weights | _FromGGUF | None,
+    assign: Callable[[nn.Parameter, Tensor], object] = copied,
 ) -> None:
     stored = {e.name for e in entries(model.config)}
     parameters = [(name, p) for name, p in model.named_parameters() if name in stored]
@@ -218,7 +265,7 @@ def _fill(
 
         read_tensors(path, {f"model.{name}": p for name, p in parameters}, partial=True)
         return
-    weights = weights or Weights(path, model.config)
+    weights = weights or _weights(path, model.config)
     for name, module in model.named_modules():
         if isinstance(module, QuantisedLinear):
             packed = weights.read_packed(f"{name}.weight")

@@ -1,6 +1,7 @@
 """Hugging Face tokenizer files of a SentencePiece model, so that transformers and vLLM give the same ids as we do.
 
-Called by checkpoint.py when a model is saved; never read back: our own tokenizer is `tokenizer.model`.
+Called by checkpoint.py when a model is saved, and by gguf_files.py for the chat template; never read back: our own
+tokenizer is `tokenizer.model`.
 
 Left to convert `tokenizer.model` by itself, transformers 5.23 gives other ids: it ranks merges by piece id where
 SentencePiece ranks by score ("a  b"), and puts no marker before a text that starts with a space. tokenizer.json says

@@ -23,6 +23,19 @@ Read = Callable[[Entry], Tensor]
 Named = Iterator[tuple[str, Tensor | Packed]]
 
 
+def scheme_for(config: LlamaConfig, bits: int, group: int | None) -> Scheme:
+    """The scheme of so many bits; group None: the largest that all weights can be cut into, but at most 64, which
+    loses little and takes a quarter of a bit for scales. ValueError where there is none."""
+    if bits == 8 and group is not None:
+        raise ValueError(f"--group_size {group}: int8 has one scale for each row; leave it out")
+    widths = {e.shape[1]: e.hf for e in entries(config) if is_quantised(e)}
+    fits = [g for g in (64, 32) if not any(width % g for width in widths)]
+    scheme = Scheme(bits, 0 if bits == 8 else group or (fits[0] if fits else 32))
+    for width, name in widths.items():
+        scheme.check(name, width)
+    return scheme
+
+
 def by_rounding(read: Read, config: LlamaConfig, scheme: Scheme, done: Callable[[], object]) -> Named:
     """Every tensor of a model, one at a time, its blocks' linears rounded to the nearest.
 

@@ -49,7 +49,7 @@ def open_source(args: TrainArguments, texts: Callable[[], Iterable[str]]) -> Sou
     if name not in PRESETS:
         raise ValueError(
             f"--model_name_or_path {name!r} is neither a directory nor a preset ({', '.join(PRESETS)}); "
-            "Meta's consolidated.*.pth files are imported by convert_weights.py first"
+            "Meta's consolidated.*.pth and GGUF files are imported by convert_weights.py first"
         )
     if args.lora_r:
         raise ValueError(

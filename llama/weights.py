@@ -155,7 +155,8 @@ def _files(path: Path) -> list[Path]:
         ("*.safetensors", f"safetensors files without {INDEX}"),
     ):
         if found := sorted(path.glob(pattern)):
-            remedy = "" if pattern in ("*.gguf", "*.safetensors") else f"; run: python convert_weights.py {path} OUT"
+            source = found[0] if pattern == "*.gguf" else path
+            remedy = "" if pattern == "*.safetensors" else f"; run: python convert_weights.py {source} OUT"
             raise ValueError(f"{path}: no {SINGLE}, only {what} ({found[0].name}){remedy}")
     if checkpoints := sorted(path.glob("checkpoint-*"), key=lambda p: p.stat().st_mtime):
         raise ValueError(f"{path}: no {SINGLE}, but training checkpoints; open one of them: {checkpoints[-1]}")

@@ -427,7 +427,7 @@ def test_an_index_must_name_files_that_are_there(
     [
         ("pytorch_model-00001-of-00002.bin", r"only PyTorch pickles .*; run: python convert_weights.py"),
         ("consolidated.00.pth", r"only Meta's files .*; run: python convert_weights.py"),
-        ("model.gguf", "only GGUF"),
+        ("model.gguf", r"only GGUF .*; run: python convert_weights.py .*model.gguf OUT"),
         ("model-00001-of-00002.safetensors", "safetensors files without model.safetensors.index.json"),
         ("README.md", "this is not a model directory"),
     ],
