@@ -108,6 +108,7 @@ def load(args: argparse.Namespace) -> Doctor:
         params=params,
         max_new_tokens=max_new_tokens,
         stop=tuple(args.stop),
+        weights=f"int{scheme.bits}" if (scheme := checkpoint.load_scheme(path)) else "",
     )
     doctor.request([doctor.tokenizer.bos_id])  # checks the rest of the settings
     if args.verbose:

@@ -56,6 +56,7 @@ class Doctor:
     params: SamplingParams
     max_new_tokens: int
     stop: tuple[str, ...] = ()
+    weights: str = ""  # their number type, where it is not the embedding's
 
     def prompt_ids(self, text: str, raw: bool = False) -> list[int]:
         """Ids of a new chat's first question; raw: of BOS and the text as it is."""
@@ -73,7 +74,8 @@ class Doctor:
         """One line: which model, how large, where."""
         n, weight = self.model.config.n_params(), self.model.embed.weight
         size = f"{n / 1e9:.1f}B" if n >= 1e9 else f"{n / 1e6:.1f}M" if n >= 1e6 else f"{n:,}"
-        return f"{self.name}: {size} parameters, {str(weight.dtype).removeprefix('torch.')} on {weight.device}"
+        kind = self.weights or str(weight.dtype).removeprefix("torch.")
+        return f"{self.name}: {size} parameters, {kind} on {weight.device}"
 
 
 class Context:
