@@ -165,14 +165,31 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return reference.swiglu(gate, up)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
-    """Causal attention of q (B, T, H, K) over k, v (B, S, G, K), within documents. See reference.attention."""
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None, length: Tensor | None = None
+) -> Tensor:
+    """Causal attention of q (B, T, H, K) over k, v (B, S, G, K), within documents. See reference.attention.
+
+    length int32 (1,), on the device: only so many positions of k and v are there, and the queries are the last of them.
+    """
     B, T, H, K = q.shape
     S, G = k.shape[1], k.shape[2]
     if k.shape != v.shape or k.shape[0] != B or k.shape[3] != K or H % G or S < T:
         raise ValueError(f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit together")
     if documents is not None and any(d.shape != (B, S) or d.dtype != torch.int32 for d in documents):
         raise ValueError(f"attention: documents must be two int32 tensors of shape {(B, S)}")
+    if length is not None:
+        if length.shape != (1,) or length.dtype != torch.int32 or documents is not None:
+            raise ValueError("attention: a length must be one int32, and goes without documents")
+        _check_devices("attention", q, length=length)
+        if not _by_triton("attention", q, k, v):
+            return reference.attention_bounded(q, k, v, length)
+        from kernels import decode
+
+        reason = None if decode.takes(q, k) else f"{T} queries are too many for a length: give documents instead"
+        if _decided("attention", reason):
+            return decode.attention(q, k, v, None, length)
+        return reference.attention_bounded(q, k, v, length)
     if _wanted in peers.NAMES:
         return peers.attention(_wanted, q, k, v, documents)
     if _by_triton("attention", q, k, v):

@@ -7,7 +7,8 @@ serves every query of its key/value head, and a second kernel joins the parts,
     top = max_i top_i      w_i = 2^(top_i - top)      o = sum_i w_i o_i / sum_i w_i l_i
 
 from each part's unnormalised o_i, weight total l_i and largest score top_i. The parts depend on the position alone,
-so a row's bits are the same in any batch.
+so a row's bits are the same in any batch. Where the length lies on the device (a cache of fixed size, in a CUDA graph),
+the parts behind it find nothing to do.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ def attention_part_kernel(
     V: tl.tensor,
     v_strides: tl.tensor,
     START: tl.tensor,
+    LENGTH: tl.tensor,
     PARTS: tl.tensor,
     TOPS: tl.tensor,
     TOTALS: tl.tensor,
@@ -48,6 +50,7 @@ def attention_part_kernel(
     BLOCK_N: tl.constexpr,
     PART: tl.constexpr,
     MASKED: tl.constexpr,
+    BOUNDED: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
     """Rows r = t * GROUP + i (query t, head i of the group) over the keys of one part: o_i, top_i, l_i, all fp32."""
@@ -64,7 +67,10 @@ def attention_part_kernel(
         + j[None, :]
     )
     q = tl.load(at, mask=real[:, None] & (j[None, :] < HEAD), other=0.0)
-    position = S - T + t
+    end = S
+    if BOUNDED:
+        end = tl.load(LENGTH)
+    position = end - T + t
     first = tl.zeros([BLOCK_R], tl.int32)
     low = part * PART
     if MASKED:
@@ -75,9 +81,9 @@ def attention_part_kernel(
     top = tl.full([BLOCK_R], HIDDEN, tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
     acc = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
-    for n0 in range(low, tl.minimum(part * PART + PART, S), BLOCK_N):
+    for n0 in range(low, tl.minimum(part * PART + PART, end), BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
-        inside = (n[:, None] < S) & (j[None, :] < HEAD)
+        inside = (n[:, None] < end) & (j[None, :] < HEAD)
         k = tl.load(keys + n.to(tl.int64)[:, None] * k_strides[1] + j[None, :], mask=inside, other=0.0)
         s = tl.dot(q, k.T, input_precision=PRECISION) * (SCALE * LOG2_E)
         seen = (n[None, :] <= position[:, None]) & (n[None, :] >= first[:, None])
@@ -136,7 +142,7 @@ def takes(q: Tensor, k: Tensor) -> bool:
 
 
 @torch.library.custom_op("chatdoctor::attention_decode", mutates_args=())
-def attention_decode(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None) -> Tensor:
+def attention_decode(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, length: Tensor | None) -> Tensor:
     """o (B, T, H, K) in q.dtype, contiguous."""
     B, T, H, K = q.shape
     S, G = k.shape[1], k.shape[2]
@@ -154,6 +160,7 @@ def attention_decode(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None) -> T
         v,
         v.stride()[:3],
         start,
+        length,
         kept,
         tops,
         totals,
@@ -163,6 +170,7 @@ def attention_decode(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None) -> T
         BLOCK_N=TILE[q.dtype.itemsize],
         PART=PART,
         MASKED=start is not None,
+        BOUNDED=length is not None,
         PRECISION="ieee",
         **constants,
         num_warps=4,
@@ -174,10 +182,12 @@ def attention_decode(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None) -> T
 
 
 @attention_decode.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, length: Tensor | None) -> Tensor:
     return q.new_empty(q.shape)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None, length: Tensor | None = None
+) -> Tensor:
     """kernels.reference.attention where takes(q, k); no gradient."""
-    return attention_decode(q, k, v, None if documents is None else documents[0])
+    return attention_decode(q, k, v, None if documents is None else documents[0], length)

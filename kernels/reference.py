@@ -90,6 +90,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = Non
     return torch.cat(tiles, dim=2).transpose(1, 2)
 
 
+def attention_bounded(q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
+    """attention() where only the first `length` (int32 (1,)) positions of k and v are there; nothing waits for it."""
+    B, T, H, K = q.shape
+    S, G = k.shape[1], k.shape[2]
+    columns, rows = torch.arange(S, device=q.device), torch.arange(T, device=q.device)
+    mask = columns <= (length - T + rows)[:, None]
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if T == 1:
+        return F.scaled_dot_product_attention(q.reshape(B, G, H // G, K), k, v, attn_mask=mask).reshape(B, 1, H, K)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=H != G).transpose(1, 2)
+
+
 def _visible(start: Tensor | None, top: int, bottom: int, left: int, device: torch.device | None = None) -> Tensor:
     """True where positions top..bottom may see positions left..bottom: (rows, columns) or (B, 1, rows, columns)."""
     device = device if start is None else start.device

@@ -57,7 +57,8 @@ class Attention(nn.Module):
         q, k, v = (y.view(B, T, -1, self.head_dim) for y in self.project(x))
         q, k = kernels.rope(q, k, *rotation)
         if memory is not None:
-            k, v = memory(k, v)
+            k, v, length = memory(k, v)
+            return self.o(kernels.attention(q, k, v, documents, length).reshape(B, T, -1))
         return self.o(kernels.attention(q, k, v, documents).reshape(B, T, -1))
 
 
@@ -98,8 +99,8 @@ class Block(nn.Module):
         return x + self.mlp(y)
 
 
-# What a cached layer calls with its new k and v to get all of them.
-Memory = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+# What a cached layer calls with its new k and v to get all of them, and where only the device knows, how many they are.
+Memory = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]
 # What makes the weights of the tokens' losses from the last hidden states, the head and the targets.
 Weigh = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -159,7 +160,10 @@ class Llama(nn.Module):
         past = 0 if cache is None else cache.length
         if cache is not None and (starts := cache.starts(T)) is not None:
             documents = (starts, torch.full_like(starts, past + T))
-        rotation = self._rotation_at(past, T, documents, x.device)
+        if cache is not None and cache.place is not None:
+            rotation = tuple(table[cache.place] for table in self._tables(cache.max_len, x.device))
+        else:
+            rotation = self._rotation_at(past, T, documents, x.device)
         for i, layer in enumerate(self.layers):
             memory = None if cache is None else _memory_of(cache, i)
             x = layer(x, rotation, documents, memory)
@@ -180,14 +184,18 @@ class Llama(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """cos and sin of the T new positions: (T, K/2), or (B, T, K/2) where rows or documents restart."""
         needed = past + T
-        if self._rotation is None or self._rotation[0].shape[0] < needed or self._rotation[0].device != device:
-            with torch.inference_mode(False):  # decoding may come first, and training must still be able to use it
-                self._rotation = rotation_table(self.config, max(512, 2 ** math.ceil(math.log2(needed))), device)
-        cos, sin = self._rotation
+        cos, sin = self._tables(needed, device)
         if documents is None:
             return cos[past:needed], sin[past:needed]
         positions = torch.arange(past, needed, device=device) - documents[0][:, past:]
         return cos[positions], sin[positions]
+
+    def _tables(self, needed: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin of all positions below `needed`, and some more."""
+        if self._rotation is None or self._rotation[0].shape[0] < needed or self._rotation[0].device != device:
+            with torch.inference_mode(False):  # decoding may come first, and training must still be able to use it
+                self._rotation = rotation_table(self.config, max(512, 2 ** math.ceil(math.log2(needed))), device)
+        return self._rotation
 
 
 def _memory_of(cache: KVCache, layer: int) -> Memory:
