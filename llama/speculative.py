@@ -49,15 +49,16 @@ class Source(Protocol):
 class Lookup:
     """Guesses what followed the latest earlier occurrence of the last ids (Saxena 2023, prompt lookup decoding)."""
 
-    free, prior = True, 0.5
+    free, prior = True, 0.35  # a guess must have been right before one is paid for
 
     def __init__(self) -> None:
         self.begin(())
 
     def begin(self, ids: Sequence[int]) -> None:
         self._after: dict[tuple[int, ...], int] = {}  # n-gram -> where its latest occurrence ends
-        self._known = 0  # n-grams ending before this position are in it
+        self._known = 0  # n-grams that end here or before are in it
         self._source = 0
+        self.kind(ids)
 
     def kind(self, ids: Sequence[int]) -> int | None:
         """The length of what occurred before."""
