@@ -55,7 +55,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--speculate",
         choices=["lookup", "off"],
         help="lookup: guess what followed the same words before and check several guesses at once, where that is "
-        "faster; the text stays the same. Not with --input (off)",
+        "faster; in float32 the text stays the same. Not for --input (off)",
     )
     add("--draft", metavar="DIR", help="let this smaller model, of the same tokenizer, make the guesses")
     add("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1, ...")

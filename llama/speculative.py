@@ -2,10 +2,13 @@
 
 generation.stream() runs a Drafter's steps in place of its own. Every id of the answer is the one that the sampler draws
 from the model's own logits, with the same random number as without a draft: a guess is right if it is that id. So
-neither what is drafted nor how much, which depends on the clock, changes the text (but for the rounding of a pass over
-several rows). For lookup, whose guess has all of its draft's probability, this is the rejection sampling of Leviathan
-et al. 2022 (arXiv:2211.17192). A draft model draws with the target's next random numbers (Daliri et al. 2024,
-arXiv:2408.07978): somewhat fewer guesses are right than rejection would keep, but seeds go on meaning what they mean.
+neither what is drafted nor how much, which depends on the clock, changes the text. For lookup, whose guess has all of
+its draft's probability, this is the rejection sampling of Leviathan et al. 2022 (arXiv:2211.17192). A draft model draws
+with the answer's next random numbers (Daliri et al. 2024, arXiv:2408.07978): somewhat fewer guesses are right than
+rejection would keep, but seeds go on meaning what they mean.
+
+That holds up to rounding: a pass over several rows sums in another order. In fp32 logits move by 4e-6 and the text stays
+(110M); in bf16, int8 and int4 by up to 0.02, which decides close calls otherwise, 1 or 2 of 64 with random weights.
 
 Knows ids and seconds; no text, no files, no batches.
 """
@@ -62,11 +65,11 @@ class Lookup:
 
     def kind(self, ids: Sequence[int]) -> int | None:
         """The length of what occurred before."""
-        for end in range(self._known + 1, len(ids)):  # the last ids themselves must not be found
+        while self._known < len(ids) - 1:  # the last ids themselves must not be found
+            self._known += 1
             for n in NGRAMS:
-                if n <= end:
-                    self._after[tuple(ids[end - n : end])] = end
-        self._known = max(self._known, len(ids) - 1)
+                if n <= self._known:
+                    self._after[tuple(ids[self._known - n : self._known])] = self._known
         for n in NGRAMS:
             if (at := self._after.get(tuple(ids[-n:]))) is not None:
                 self._source = at
