@@ -7,15 +7,14 @@ its draft's probability, this is the rejection sampling of Leviathan et al. 2022
 with the answer's next random numbers (Daliri et al. 2024, arXiv:2408.07978): somewhat fewer guesses are right than
 rejection would keep, but seeds go on meaning what they mean.
 
-That holds up to rounding: a pass over several rows sums in another order. In fp32 logits move by 4e-6 and the text stays
-(110M); in bf16, int8 and int4 by up to 0.02, which decides close calls otherwise, 1 or 2 of 64 with random weights.
+That holds up to rounding, for a pass over several rows sums in another order. In fp32 logits move by 4e-6, and the text
+stays; in bf16, int8 and int4 by up to 0.02, which decides close calls otherwise (110M random weights: 1 or 2 of 64).
 
 Knows ids and seconds; no text, no files, no batches.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -144,7 +143,7 @@ class Pace:
         for n in LENGTHS:
             seconds = self._typical(n) or seconds * self.GUESS
             # A pass yields its right guesses and the id that the model says after them.
-            expected = sum(p**i for i in range(n + 1))
+            expected = (1 - p ** (n + 1)) / (1 - p)
             if n <= most and expected / seconds > rate:
                 best, rate = n, expected / seconds
         return best
@@ -170,7 +169,7 @@ class Pace:
         timings = self._seconds[drafted]
         while timings and timings[0][0] <= self._passes - self.RECENT:
             timings.popleft()
-        return statistics.median(s for _, s in timings) if timings else None
+        return sorted(seconds for _, seconds in timings)[len(timings) // 2] if timings else None
 
 
 class Drafter:
