@@ -182,7 +182,7 @@ class Drafter:
 
     @torch.inference_mode()
     def steps(self, model: Llama, tokens: Tensor, context: Context, sampler: Sampler, room: int) -> Iterator[list[int]]:
-        """Run tokens (1, T), the end of context.ids, then yield [next token], `room` times at most.
+        """Run tokens (1, T), the end of context.ids, then yield [next token] to a caller who asks `room` times at most.
 
         Whenever it yields, the cache holds nothing but what was said and guesses that may still turn out right.
         """
