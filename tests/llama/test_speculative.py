@@ -539,5 +539,28 @@ def test_it_resumes_when_the_text_begins_to_repeat(monkeypatch: pytest.MonkeyPat
     assert d.drafts.drafted - d.drafts.accepted < 30
 
 
+def test_the_first_draft_after_a_pause_is_not_timed(model: Counting) -> None:
+    """A draft model then reads what it missed, which no later draft does."""
+
+    class Planned(Fixed):
+        def __init__(self, lengths: Sequence[int]) -> None:
+            super().__init__(0)
+            self.lengths, self.noted = list(lengths), []  # type: ignore[var-annotated]
+
+        def choose(self, kind: int, most: int) -> int:
+            return self.lengths.pop(0)
+
+        def passed(self, drafted: int, seconds: float | None) -> None:
+            self.noted.append((drafted, seconds is not None))
+
+    d = Drafter(DraftModel(model))
+    d.pace = pace = Planned([0, 3, 3, 7, 0, 0, 3, 3])
+    tokens = stream(model, [1, 5, 9], GREEDY, 60, drafter=d)
+    for _ in range(1 + 1 + 4 + 4 + 8 + 1 + 1 + 4 + 4):
+        next(tokens)
+    timed = [True, False, True, True, True, True, False, True]
+    assert pace.noted == list(zip([0, 3, 3, 7, 0, 0, 3, 3], timed, strict=True))
+
+
 def test_lengths_rise() -> None:
     assert list(LENGTHS) == sorted(set(LENGTHS))
