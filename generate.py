@@ -21,6 +21,8 @@ from llama.screen import Screen
 if TYPE_CHECKING:  # torch takes seconds to import: --help and wrong flags must not wait for it
     from llama.generation import Answer, Doctor, Request
     from llama.sampling import SamplingParams
+    from llama.speculative import Drafter
+    from llama.tokenizer import Tokenizer
 
 SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
 
@@ -49,6 +51,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--repetition_penalty", type=float, metavar="X", help="over 1 makes tokens of the answer less likely to recur")
     add("--seed", type=int, metavar="N", help="same seed, same text")
     add("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; repeatable")
+    add(
+        "--speculate",
+        choices=["lookup", "off"],
+        help="lookup: guess what followed the same words before and check several guesses at once, where that is "
+        "faster; in float32 the text stays the same. Not for --input (off)",
+    )
+    add("--draft", metavar="DIR", help="let this smaller model, of the same tokenizer, make the guesses")
     add("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1, ...")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: as the weights are stored")
     add("--kernels", default="auto", metavar="K", help="auto (our Triton kernels on a GPU), triton, torch, ...")
@@ -64,6 +73,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         p.error("--input and --output need each other")
     if args.prompt is None and args.input is None and (args.raw or args.json):
         p.error(f"{'--raw' if args.raw else '--json'} needs --prompt or --input")
+    if args.speculate and args.draft is not None:
+        p.error("--speculate and --draft exclude each other")
+    if args.input is not None and (args.speculate == "lookup" or args.draft is not None):
+        p.error("--speculate and --draft are for one answer at a time; --input has --batch_size")
     if args.batch_size < 1:
         p.error(f"--batch_size is {args.batch_size}; it must be 1 or more")
     return args
@@ -98,10 +111,11 @@ def load(args: argparse.Namespace) -> Doctor:
         lora_files.add_adapter(model, adapter)
         lora.merge(model)
     lay_out_for_decoding(model)
+    tokenizer = checkpoint.load_tokenizer(path)
     doctor = Doctor(
         name=f"{path} with {adapter}" if adapter else str(path),
         model=model,
-        tokenizer=checkpoint.load_tokenizer(path),
+        tokenizer=tokenizer,
         chat_format=checkpoint.load_chat_format(
             adapter if adapter and (adapter / "chat_format.json").exists() else path
         ),
@@ -109,6 +123,7 @@ def load(args: argparse.Namespace) -> Doctor:
         max_new_tokens=max_new_tokens,
         stop=tuple(args.stop),
         weights=f"int{scheme.bits}" if (scheme := checkpoint.load_scheme(path)) else "",
+        drafter=_drafter(args, tokenizer, device),
     )
     doctor.request([doctor.tokenizer.bos_id])  # checks the rest of the settings
     if args.verbose:
@@ -116,6 +131,30 @@ def load(args: argparse.Namespace) -> Doctor:
     if args.verbose or args.kernels != "auto" or device != "cpu":  # on a CPU there is nothing to choose from
         print(kernels.describe(device), file=sys.stderr)
     return doctor
+
+
+def _drafter(args: argparse.Namespace, tokenizer: Tokenizer, device: str) -> Drafter | None:
+    if args.draft is None and args.speculate != "lookup":
+        return None
+    from llama.speculative import Drafter, DraftModel, Lookup
+
+    if args.draft is None:
+        return Drafter(Lookup())
+    import torch
+
+    from llama import checkpoint
+    from llama.generation import lay_out_for_decoding
+
+    path = Path(args.draft)
+    other = checkpoint.load_tokenizer(path)
+    if other.sha256 != tokenizer.sha256:
+        raise ValueError(
+            f"--draft {path}: its tokenizer ({other.vocab_size:,} pieces) is another than that of the model which "
+            f"answers ({tokenizer.vocab_size:,}); a draft model needs the same tokenizer.model"
+        )
+    model = checkpoint.load_model(path, device, args.dtype and getattr(torch, args.dtype)).eval()
+    lay_out_for_decoding(model)
+    return Drafter(DraftModel(model))
 
 
 def _latest() -> Path:
@@ -171,7 +210,7 @@ def answer_one(doctor: Doctor, args: argparse.Namespace) -> None:
     answer = Answer(doctor.request(doctor.prompt_ids(text, args.raw), args.raw), doctor.tokenizer)
     screen = Screen(sys.stdout)
     try:
-        for piece in answer.stream(doctor.model):
+        for piece in answer.stream(doctor.model, drafter=doctor.drafter):
             if not args.json:
                 screen.write(piece)
     except KeyboardInterrupt:

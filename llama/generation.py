@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from llama.model import Llama
 from llama.quantize import QuantisedLinear, Scheme, nearest
 from llama.sampling import Sampler, SamplingParams
 from llama.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llama.speculative import Drafter
 
 CHUNK = 256  # prompt tokens per prefill pass: bounds the memory of activations, long enough to keep a CPU busy
 
@@ -57,6 +60,7 @@ class Doctor:
     max_new_tokens: int
     stop: tuple[str, ...] = ()
     weights: str = ""  # their number type, where it is not the embedding's
+    drafter: Drafter | None = None  # guesses ahead where answers come one at a time
 
     def prompt_ids(self, text: str, raw: bool = False) -> list[int]:
         """Ids of a new chat's first question; raw: of BOS and the text as it is."""
@@ -127,11 +131,26 @@ def room_for(model: Llama, prompt: Sequence[int], max_new_tokens: int) -> int:
     return min(max_new_tokens, limit - len(prompt))
 
 
+@dataclass
+class Drafts:
+    """Tokens that were guessed for an answer, and how many of them it then held."""
+
+    drafted: int = 0
+    accepted: int = 0
+
+
+@torch.inference_mode()
+def prefill(model: Llama, tokens: Tensor, cache: KVCache) -> Tensor:
+    """Run tokens (B, T), 1 or more; the logits (B, 1, V) after the last."""
+    for i in range(0, tokens.shape[1], CHUNK):
+        logits = model(tokens[:, i : i + CHUNK], cache=cache, last_only=True)
+    return logits
+
+
 @torch.inference_mode()
 def _steps(model: Llama, tokens: Tensor, cache: KVCache, sampler: Sampler) -> Iterator[list[int]]:
     """Run tokens (B, T), then yield every row's next token for as long as the caller asks."""
-    for i in range(0, tokens.shape[1], CHUNK):
-        logits = model(tokens[:, i : i + CHUNK], cache=cache, last_only=True)
+    logits = prefill(model, tokens, cache)
     while True:
         new = sampler(logits[:, -1])
         yield new.tolist()
@@ -148,12 +167,14 @@ def stream(
     banned: Sequence[int] = (),
     vocab_size: int | None = None,
     context: Context | None = None,
+    drafter: Drafter | None = None,
 ) -> Iterator[int]:
     """The ids of one answer, as they come; a stop id ends it and is not yielded.
 
     Ends after max_new_tokens or when the model's context is full. Ids in `banned` and from vocab_size on are never
     chosen. With a context, what it shares with the prompt is not run again, and it remembers what is yielded, also
-    when the caller breaks off. ValueError for a prompt that does not fit.
+    when the caller breaks off. A drafter makes it faster where answers repeat what was said. ValueError for a prompt
+    that does not fit.
     """
     room = room_for(model, prompt, max_new_tokens)
     context = context or Context(model)
@@ -161,7 +182,11 @@ def stream(
     new = context.rewind(prompt, len(prompt) + room)
     assert context.cache is not None
     sampler = Sampler([params], [prompt], device, vocab_size, banned)
-    steps = _steps(model, torch.tensor([new], device=device), context.cache, sampler)
+    tokens = torch.tensor([new], device=device)
+    if drafter is None:
+        steps = _steps(model, tokens, context.cache, sampler)
+    else:
+        steps = drafter.steps(model, tokens, context, sampler, room)
     for _ in range(room):
         (token,) = next(steps)
         if token in stop_ids:
@@ -179,18 +204,21 @@ class Answer:
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None  # "stop": EOS or a stop text; "length"; None: broken off
         self.reused_tokens = 0
+        self.drafts: Drafts | None = None  # None: nobody drafts
         self._tokenizer = tokenizer
         self._decoder = tokenizer.stream()
         self._matcher = StopMatcher(request.stop)
         self._begun = False
         self._start = self._first = self._last = time.perf_counter()
 
-    def stream(self, model: Llama, context: Context | None = None) -> Iterator[str]:
+    def stream(self, model: Llama, context: Context | None = None, drafter: Drafter | None = None) -> Iterator[str]:
         """Pieces of text as they become certain. Breaking off leaves the answer as far as it came."""
         context = context or Context(model)
-        limits = _limits(self._tokenizer)
+        limits = {**_limits(self._tokenizer), "context": context, "drafter": drafter}
         request = self.request
-        tokens = stream(model, request.prompt, request.params, request.max_new_tokens, context=context, **limits)
+        tokens = stream(model, request.prompt, request.params, request.max_new_tokens, **limits)
+        if drafter is not None:
+            self.drafts = drafter.drafts = Drafts()
         self._start = time.perf_counter()
         for token in tokens:
             if not self.token_ids:
@@ -244,7 +272,7 @@ class Answer:
         return (len(self.token_ids) - 1) / seconds if seconds > 0 else None
 
     def to_json(self) -> dict[str, Any]:
-        prefill, decode = self.prefill_tokens_per_s, self.decode_tokens_per_s
+        prefill, decode, drafts = self.prefill_tokens_per_s, self.decode_tokens_per_s, self.drafts
         return {
             "text": self.text,
             "token_ids": self.token_ids,
@@ -252,6 +280,7 @@ class Answer:
             "finish_reason": self.finish_reason,
             "prefill_tokens_per_s": None if prefill is None else round(prefill, 1),
             "decode_tokens_per_s": None if decode is None else round(decode, 1),
+            **({} if drafts is None else {"drafted_tokens": drafts.drafted, "accepted_tokens": drafts.accepted}),
         }
 
 

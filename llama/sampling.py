@@ -8,6 +8,7 @@ Knows nothing of models, text or stopping.
 
 from __future__ import annotations
 
+import copy
 import math
 import secrets
 from collections.abc import Sequence
@@ -125,6 +126,13 @@ class Sampler:
         if self._seen is not None:
             self._seen.scatter_(1, tokens[:, None], True)
         return tokens
+
+    def fork(self) -> Sampler:
+        """A sampler in the same state: it draws what this one would draw next, and this one does not notice."""
+        other = copy.copy(self)
+        other._generators = [g.clone_state() for g in self._generators]
+        other._seen = None if self._seen is None else self._seen.clone()
+        return other
 
     def adjust(self, logits: Tensor) -> Tensor:
         """fp32 logits after the ban and the repetition penalty."""

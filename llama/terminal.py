@@ -135,7 +135,7 @@ class Chat:
         screen = Screen(sys.stdout, len(label))
         try:
             with silent_keys() if self.interactive else contextlib.nullcontext():
-                for piece in answer.stream(self.doctor.model, self.context):
+                for piece in answer.stream(self.doctor.model, self.context, self.doctor.drafter):
                     screen.write(piece)
             ending = f"(cut off at {len(answer.token_ids):,} tokens)" if answer.finish_reason == "length" else ""
         except KeyboardInterrupt:
@@ -193,6 +193,8 @@ class Chat:
         notice(f"last answer: {prompt}, {len(a.token_ids):,} tokens, {a.finish_reason or 'stopped by you'}")
         speeds = (("reading", a.prefill_tokens_per_s), ("writing", a.decode_tokens_per_s))
         notice(", ".join(f"{what} {speed:,.0f} tokens/s" for what, speed in speeds if speed is not None))
+        if a.drafts is not None:
+            notice(f"guessed ahead: {a.drafts.drafted:,} tokens, {a.drafts.accepted:,} of them right")
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import select
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from llama import checkpoint, layout
 from llama.chat import ChatFormat
 from llama.config import LlamaConfig
 from llama.model import Llama
-from llama.tokenizer import Tokenizer
+from llama.tokenizer import Tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 Generate = Callable[..., tuple[int, str, str]]
@@ -101,6 +102,37 @@ def test_json_is_one_object(generate: Generate, small_tokenizer: Tokenizer) -> N
     assert answer["text"] == small_tokenizer.decode_continued(answer["token_ids"]).lstrip()
     whole = small_tokenizer.encode("Patient: I have pain\nDoctor:")
     assert answer["prompt_tokens"] == 1 + len(whole)
+
+
+def test_guessing_ahead_changes_speed_alone(generate: Generate, folder: Path) -> None:
+    def ask(*flags: str) -> dict[str, Any]:
+        return json.loads(generate("--prompt", "I have pain", "--json", "--seed", "1", *flags)[1])
+
+    plain = ask()
+    for flags in (["--speculate", "lookup"], ["--draft", str(folder)]):
+        answer = ask(*flags)
+        assert answer["text"] == plain["text"]
+        assert list(answer) == [*plain, "drafted_tokens", "accepted_tokens"]
+        assert 0 <= answer["accepted_tokens"] <= answer["drafted_tokens"]
+    assert list(ask("--speculate", "off")) == list(plain)
+    stdin = b"I cough\n/stats\n"
+    assert "guessed ahead" not in generate("--seed", "1", stdin=stdin)[2]
+    code, _, err = generate("--seed", "1", "--speculate", "lookup", stdin=stdin)
+    assert code == 0
+    assert re.search(r"^guessed ahead: [\d,]+ tokens, [\d,]+ of them right$", err, re.M)
+
+
+def test_a_draft_model_of_another_tokenizer_is_refused(
+    generate: Generate, tmp_path: Path, small_tokenizer: Tokenizer
+) -> None:
+    other = train_tokenizer([f"pain {i} in the back and fever {i * 37}" for i in range(200)], 300)
+    path = save(tmp_path / "other", other, 128, ChatFormat("dialogue", ""))
+    code, out, err = generate("--prompt", "x", "--draft", str(path))
+    assert (code, out) == (2, "")
+    assert err == (
+        f"error: --draft {path}: its tokenizer ({other.vocab_size} pieces) is another than that of the model which "
+        f"answers ({small_tokenizer.vocab_size}); a draft model needs the same tokenizer.model\n"
+    )
 
 
 def test_raw_is_bos_and_the_text(generate: Generate, small_tokenizer: Tokenizer) -> None:
@@ -189,6 +221,11 @@ def test_verbose_says_which_kernels_run(generate: Generate) -> None:
         (["--json"], "--json needs --prompt"),
         (["--input", "nowhere.jsonl", "--output", "z"], "nowhere.jsonl: cannot be read"),
         (["--prompt", "x", "--checkpoint", "nowhere"], "nowhere: does not exist"),
+        (["--prompt", "x", "--draft", "nowhere"], "nowhere"),
+        (["--prompt", "x", "--draft", "nowhere", "--speculate", "lookup"], "exclude each other"),
+        (["--prompt", "x", "--speculate", "often"], "--speculate"),
+        (["--input", "y", "--output", "z", "--speculate", "lookup"], "one answer at a time; --input has --batch_size"),
+        (["--input", "y", "--output", "z", "--draft", "d"], "one answer at a time; --input has --batch_size"),
     ],
 )
 def test_mistakes_get_one_line_and_exit_2(generate: Generate, argv: list[str], says: str) -> None:

@@ -86,6 +86,17 @@ def test_decoding_figures_are_measured(row: str, file: str, keys: list[tuple[str
     assert f"{speeds} tok/s = {ratios} transformers" in line
 
 
+def test_what_guessing_ahead_wins_is_measured() -> None:
+    document = json.loads((ROOT / "bench/results/speculative_cpu.json").read_text())
+    line = next(line for line in README.splitlines() if line.startswith("| `--speculate lookup`, 110M bf16"))
+    by_text = next(r for r in document["results"] if (r["shape"], r["dtype"]) == ("110m", "bfloat16"))["lookup"]
+    ratios = [by_text[name]["ratio"] for name in ("copies the prompt", "half of it", "never repeats")]
+    assert " / ".join(f"{r:.2f}x" for r in ratios) + " plain decoding" in line
+    idle = [r["lookup"]["never repeats"]["ratio"] for r in document["results"]]
+    idle.append(document["trained"]["asked once"]["ratio"])
+    assert f"loses {1 - max(idle):.0%} to {1 - min(idle):.0%}".replace("%", "", 1).replace("%", " %") in README
+
+
 @pytest.mark.parametrize("shape", ["15m", "tiny"])
 def test_training_figures_are_measured(shape: str) -> None:
     name = {"15m": "15M"}.get(shape, shape)

@@ -181,6 +181,16 @@ def test_same_seed_same_tokens_and_no_seed_fresh_ones() -> None:
     assert draw(None) != draw(None)
 
 
+@pytest.mark.parametrize("changes", [{}, {"top_k": 5, "repetition_penalty": 1.5}, {"temperature": 0.0}])
+def test_a_fork_draws_the_same_and_is_not_noticed(changes: dict[str, Any]) -> None:
+    logits = torch.randn(12, 1, 30, generator=torch.Generator().manual_seed(0))
+    sampler, alone = (Sampler([params(**changes)], [[]], vocab_size=25, banned=[3]) for _ in range(2))
+    for step in logits:
+        fork = sampler.fork()
+        ahead = [int(fork(step)) for _ in range(3)]
+        assert ahead[0] == int(sampler.fork()(step)) == int(alone(step)) == int(sampler(step))
+
+
 def test_global_random_state_is_left_alone() -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
