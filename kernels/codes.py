@@ -213,10 +213,8 @@ def why_not(x: Tensor, codes: Tensor, scales: Tensor, bits: int) -> str | None:
     if codes.shape[1] % CHUNK:
         wanted = CHUNK * 8 // bits
         return f"rows of {x.shape[-1]} numbers of {bits} bits are no multiple of {wanted}: use the torch backend"
-    if not (codes.is_contiguous() and scales.is_contiguous()) or codes.storage_offset() % CHUNK:
-        return (
-            "codes and scales must be contiguous, codes from a multiple of 16 bytes on: call .contiguous() or .clone()"
-        )
+    if not (codes.is_contiguous() and scales.is_contiguous()):
+        return "codes and scales are not contiguous: call .contiguous() on them first"
     if scales.dtype not in launch.DTYPES:
         return f"scales of {scales.dtype} have no kernel: use float32, bfloat16, float16, or the torch backend"
     return None
@@ -237,6 +235,8 @@ def quantised_linear(x: Tensor, codes: Tensor, scales: Tensor, bits: int) -> Ten
     rows = x.reshape(-1, x.shape[-1])
     if y.numel() == 0:
         return y
+    if codes.data_ptr() % CHUNK:  # a view into something else, which loads of 16 bytes cannot read
+        codes = codes.clone()
     if len(rows) == 1:
         _vector(rows.contiguous(), codes, scales, bits, y)
     else:
