@@ -168,8 +168,10 @@ def scenes(everyday: bool) -> dict[str, Callable[[], None]]:
             for rows in (1, 16, 64, 512):
                 for group in (32, 64, 128, 0):
                     if not everyday or (bf16 and group == 128 and rows != 64):
-                        name = f"codes {short} {bits} bits, {rows} rows, {f'groups of {group}' if group else 'a scale a row'}"
-                        found[name] = partial(codes, bits, dtype, rows, group)
+                        grouped = f"groups of {group}" if group else "a scale a row"
+                        found[f"codes {short} {bits} bits, {rows} rows, {grouped}"] = partial(
+                            codes, bits, dtype, rows, group
+                        )
         if dtype != torch.float16:
             found[f"adamw split, moments {short}"] = partial(adamw, True, dtype)
         if not everyday:
