@@ -131,12 +131,12 @@ def adamw(split: bool, moments: torch.dtype) -> None:
     optimizer.adamw(weight, low if split else None, torch.zeros_like(weight), m, v, torch.ones(()), **numbers)
 
 
-def codes(bits: int, dtype: torch.dtype, rows: int, group: int) -> None:
+def codes(bits: int, dtype: torch.dtype, rows: int, group: int, out: int = 512) -> None:
     from kernels import codes
 
     width = 4096 if group else 4000  # a group of 0 is the row: of a width that no tile divides
-    matrix = torch.zeros(512, width * bits // 8, dtype=torch.uint8)
-    scales = torch.zeros(512, width // (group or width), dtype=dtype)
+    matrix = torch.zeros(out, width * bits // 8, dtype=torch.uint8)
+    scales = torch.zeros(out, width // (group or width), dtype=dtype)
     codes.quantised_linear(normal(rows, width, dtype=dtype).detach(), matrix, scales, bits)
 
 
@@ -172,6 +172,9 @@ def scenes(everyday: bool) -> dict[str, Callable[[], None]]:
                         found[f"codes {short} {bits} bits, {rows} rows, {grouped}"] = partial(
                             codes, bits, dtype, rows, group
                         )
+            for rows in (1, 16):  # so few rows of codes that each is cut, and the parts added
+                if not everyday or (bf16 and bits == 4):
+                    found[f"codes {short} {bits} bits, {rows} rows, split"] = partial(codes, bits, dtype, rows, 128, 24)
         if dtype != torch.float16:
             found[f"adamw split, moments {short}"] = partial(adamw, True, dtype)
         if not everyday:
