@@ -97,8 +97,10 @@ def quantised_vector_kernel(
             x0, x1 = tl.split(tl.reshape(x, [BLOCK_C, 4, 2, 2, 2]))
             x00, x01 = tl.split(x0)  # of the numbers' three bits, the last and the middle one
             x10, x11 = tl.split(x1)
-            (x000, x001), (x010, x011) = tl.split(x00), tl.split(x01)
-            (x100, x101), (x110, x111) = tl.split(x10), tl.split(x11)
+            x000, x001 = tl.split(x00)
+            x010, x011 = tl.split(x01)
+            x100, x101 = tl.split(x10)
+            x110, x111 = tl.split(x11)
             high = words >> 16
             p = _with(p, words, x000, magic, 0, BITS)
             p = _with(p, words, x100, magic, 4, BITS)
@@ -110,7 +112,8 @@ def quantised_vector_kernel(
             p = _with(p, high, x111, magic, 12, BITS)
         else:
             x0, x1 = tl.split(tl.reshape(x, [BLOCK_C, 4, 2, 2]))
-            (x00, x01), (x10, x11) = tl.split(x0), tl.split(x1)
+            x00, x01 = tl.split(x0)
+            x10, x11 = tl.split(x1)
             high = words >> 16
             p = _with(p, words, x00, magic, 0, BITS)
             p = _with(p, words, x10, magic, 8, BITS)
