@@ -51,7 +51,9 @@ KNOWN_SPILLS = {  # of these rows more is known, and why; growth is refused all 
     # fp32 products of heads of 128 on sm_90: the smallest tiles there are (16 x 16), and no number of warps helps.
     re.compile(r"attention fp32 (96|128).*, sm_90: attention_(dq|dkdv)_kernel"): 1044,
 }
-MUST_HAVE_HGMMA = re.compile(r"attention (bf16|fp16) .*, sm_90: attention_(forward|dkdv|dq)_kernel")
+MUST_HAVE_HGMMA = re.compile(
+    r"(attention (bf16|fp16) .*, sm_90: attention_(forward|dkdv|dq)|codes (bf16|fp16) .*, sm_90: quantised_tile)_kernel"
+)
 COLUMNS = ("registers", "spill_stores", "spill_loads", "shared", "warps", "stages")
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -129,6 +131,15 @@ def adamw(split: bool, moments: torch.dtype) -> None:
     optimizer.adamw(weight, low if split else None, torch.zeros_like(weight), m, v, torch.ones(()), **numbers)
 
 
+def codes(bits: int, dtype: torch.dtype, rows: int, group: int, out: int = 512) -> None:
+    from kernels import codes
+
+    width = 4096 if group else 4000  # a group of 0 is the row: of a width that no tile divides
+    matrix = torch.zeros(out, width * bits // 8, dtype=torch.uint8)
+    scales = torch.zeros(out, width // (group or width), dtype=dtype)
+    codes.quantised_linear(normal(rows, width, dtype=dtype).detach(), matrix, scales, bits)
+
+
 def scenes(everyday: bool) -> dict[str, Callable[[], None]]:
     """By name. Everyday: bf16 at the sizes of LLaMA, small enough for each run of the tests."""
     found: dict[str, Callable[[], None]] = {}
@@ -153,6 +164,17 @@ def scenes(everyday: bool) -> dict[str, Callable[[], None]]:
             found[f"rope {short} 128"] = partial(rope, 128, dtype)
             found[f"swiglu {short} 11008"] = partial(swiglu, 11008, dtype)
             found[f"loss {short} 32000"] = partial(loss, 32000, dtype, False)
+        for bits in (4, 8):
+            for rows in (1, 16, 512) if dtype == torch.float32 else (1, 16, 64, 512):
+                for group in (32, 128, 0):
+                    if not everyday or (bf16 and group == 128 and rows != 64):
+                        grouped = f"groups of {group}" if group else "a scale a row"
+                        found[f"codes {short} {bits} bits, {rows} rows, {grouped}"] = partial(
+                            codes, bits, dtype, rows, group
+                        )
+            for rows in (1, 16):  # so few rows of codes that each is cut, and the parts added
+                if not everyday or (bf16 and bits == 4):
+                    found[f"codes {short} {bits} bits, {rows} rows, split"] = partial(codes, bits, dtype, rows, 128, 24)
         if dtype != torch.float16:
             found[f"adamw split, moments {short}"] = partial(adamw, True, dtype)
         if not everyday:

@@ -145,12 +145,14 @@ def launches(setting: Setting, clock: timing.Clock, backend: str) -> dict[str, d
     q = setting.normal(1, 64, 4, 32, seed=2)
     cos, sin = torch.ones(64, 16, device=setting.device), torch.zeros(64, 16, device=setting.device)
     targets = torch.zeros(64, dtype=torch.int64, device=setting.device)
+    codes, scales = torch.zeros(64, 64, dtype=torch.uint8, device=setting.device), w[:64, None]
     calls = {
         "attention": lambda i: kernels.attention(q, q, q),
         "rms_norm": lambda i: kernels.rms_norm(x, w, 1e-5),
         "rope": lambda i: kernels.rope(q, q, cos, sin),
         "swiglu": lambda i: kernels.swiglu(x, x),
         "linear_cross_entropy": lambda i: kernels.linear_cross_entropy(x, x, targets),
+        "quantised_linear": lambda i: kernels.quantised_linear(x[:1], codes, scales, 4),
     }
     found: dict[str, dict[str, float]] = {name: {} for name in calls}
     for who, used in (("ours", backend), ("torch", "torch")):

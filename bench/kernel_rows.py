@@ -1,4 +1,5 @@
-"""The rows of bench_kernels: RMSNorm, RoPE, SwiGLU and the loss beside kernel_work's attention; shapes and targets."""
+"""The rows of bench_kernels, their shapes and targets: RMSNorm, RoPE, SwiGLU and the loss are here, attention is
+kernel_work's, products with quantised matrices are kernel_codes'."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
+from bench import kernel_codes
 from bench import kernel_work as work
 from bench.kernel_work import Absent, Call, Outputs, Part, Row, Setting, Target, Work, as_tuple
 from kernels import reference
@@ -240,6 +242,7 @@ SHAPES: dict[str, dict[str, list[dict[str, int]]]] = {
         "norm": [{"N": 32768, "D": 4096}],
         "rope": [{"B": 4, "T": 4096, "H": 32, "G": 32, "K": 128}],
         "swiglu": [{"N": 16384, "width": 11008}],
+        "codes": kernel_codes.SHAPES["full"],
         "loss": [{"N": N, "V": V, "D": 4096} for V in (32000, 128256) for N in (8192, 32768)],
     },
     "quick": {
@@ -249,6 +252,7 @@ SHAPES: dict[str, dict[str, list[dict[str, int]]]] = {
         "norm": [{"N": 32768, "D": 4096}],
         "rope": [{"B": 4, "T": 4096, "H": 32, "G": 32, "K": 128}],
         "swiglu": [{"N": 16384, "width": 11008}],
+        "codes": kernel_codes.SHAPES["quick"],
         "loss": [{"N": 8192, "V": 32000, "D": 4096}],
     },
     "tiny": {
@@ -258,6 +262,7 @@ SHAPES: dict[str, dict[str, list[dict[str, int]]]] = {
         "norm": [{"N": 8, "D": 64}],
         "rope": [{"B": 1, "T": 16, "H": 2, "G": 1, "K": 32}],
         "swiglu": [{"N": 8, "width": 64}],
+        "codes": kernel_codes.SHAPES["tiny"],
         "loss": [{"N": 96, "V": 128, "D": 32}],
     },
 }
@@ -273,6 +278,7 @@ def rows(size: str = "full", only: Sequence[str] = OPS) -> list[Row]:
         "norm": _norm_rows,
         "rope": _rope_rows,
         "swiglu": _swiglu_rows,
+        "codes": kernel_codes.rows,
         "loss": _loss_rows,
     }
     return [row for op in OPS if op in only for shape in SHAPES[size][op] for row in makers[op](shape)]

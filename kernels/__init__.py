@@ -278,6 +278,11 @@ def quantised_linear(x: Tensor, codes: Tensor, scales: Tensor, bits: int) -> Ten
     _check_devices("quantised_linear", x, codes=codes, scales=scales)
     if torch.is_grad_enabled() and (x.requires_grad or scales.requires_grad):
         raise ValueError("quantised_linear: it has no gradient, as codes are for inference: call it in torch.no_grad()")
+    if _by_triton("quantised_linear", x):
+        from kernels import codes as coded
+
+        if _decided("quantised_linear", coded.why_not(x, codes, scales, bits)):
+            return coded.quantised_linear(x, codes, scales, bits)
     return reference.quantised_linear(x, codes, scales, bits)
 
 

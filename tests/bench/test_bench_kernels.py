@@ -41,11 +41,12 @@ def test_end_to_end_on_a_cpu(tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
             found = r["implementations"][who]
             assert found["right"], (name, who, found)
             assert found["per_second"] == pytest.approx(r["work"] / found["seconds"])
-    assert set(document["launches"]) == {"attention", "rms_norm", "rope", "swiglu", "linear_cross_entropy"}
+    operations = {"attention", "rms_norm", "rope", "swiglu", "linear_cross_entropy", "quantised_linear"}
+    assert set(document["launches"]) == operations
     assert all("ours" in t and "torch" in t for t in document["launches"].values())
     assert document["ceilings"]["copy_bytes_per_second"] > 0
     assert document["kernels"].startswith("kernels: torch")
-    assert "13 of 13 rows measured" in capfd.readouterr().out
+    assert "15 of 15 rows measured" in capfd.readouterr().out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")

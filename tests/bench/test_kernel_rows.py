@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from bench import kernel_rows, kernel_work
+import kernels
+from bench import kernel_codes, kernel_rows, kernel_work
 from bench.kernel_work import Setting
 from kernels import reference
 
@@ -74,6 +75,26 @@ def test_bytes_of_swiglu() -> None:
     assert kernel_rows.swiglu_bytes(3, 8, 4, "forward") == touched(reference.swiglu, [gate, up], False)
     moved = touched(reference.swiglu, [gate, up], True) + gate.nbytes + up.nbytes
     assert kernel_rows.swiglu_bytes(3, 8, 4, "backward") == moved
+
+
+@pytest.mark.parametrize("row", kernel_codes.SHAPES["tiny"], ids=str)
+def test_bytes_of_a_product_with_codes(row: dict[str, int]) -> None:
+    x, codes, scales = (
+        torch.ones(row["M"], 64),
+        torch.zeros(40, 8 * row["bits"]),
+        torch.ones(40, 64 // (row["group"] or 64)),
+    )
+    y = kernels.quantised_linear(x, codes.byte(), scales, row["bits"])
+    moved = x.nbytes + codes.numel() + scales.nbytes + y.nbytes
+    assert kernel_codes.product_bytes(**row, itemsize=4) == moved
+    assert kernel_codes.product(CPU, **row).amount == (moved if row["M"] <= kernel_codes.FEW else 2 * x.numel() * 40)
+
+
+def test_the_least_time_of_a_product_on_an_h200(capsys: pytest.CaptureFixture[str]) -> None:
+    kernel_codes.main()
+    told = capsys.readouterr().out
+    assert kernel_codes.roofline(1, 4, 128, [(4096, 4096)]) == pytest.approx((8 + 0.25 + 1 / 64) * 2**20 / 4.8e12)
+    assert "4,096 x 4,096         4 bits, groups of 128      1.81 us" in told
 
 
 def test_operations_of_the_loss() -> None:

@@ -44,6 +44,7 @@ def operations(normal: Normal, device: torch.device) -> dict[str, tuple[Callable
     x, weight = normal(6, 32), normal(32, seed=2)
     angles = normal(6, 8, seed=3)
     targets = torch.arange(6, device=device)
+    codes = torch.arange(640, device=device).to(torch.uint8).view(40, 16)
     return {
         "rms_norm": (kernels.rms_norm, (x, weight, 1e-5), {"rms_norm"}),
         "add_rms_norm": (kernels.rms_norm, (x, weight, 1e-5, normal(6, 32, seed=4)), {"add_rms_norm"}),
@@ -53,10 +54,11 @@ def operations(normal: Normal, device: torch.device) -> dict[str, tuple[Callable
         "packed": (kernels.attention, (q, k, k, (start, end)), {"attention_forward"}),
         "decode": (kernels.attention, (q[:, 5:], k, k), {"attention_decode"}),
         "loss": (kernels.linear_cross_entropy, (x, normal(40, 32, seed=6), targets), {"linear_cross_entropy"}),
+        "codes": (kernels.quantised_linear, (x, codes, normal(40, 1, seed=7).mul(0.01), 4), {"quantised_linear"}),
     }
 
 
-NAMES = ("rms_norm", "add_rms_norm", "rope", "swiglu", "attention", "packed", "decode", "loss")
+NAMES = ("rms_norm", "add_rms_norm", "rope", "swiglu", "attention", "packed", "decode", "loss", "codes")
 
 
 def flat(result: object) -> list[Tensor]:
@@ -80,6 +82,7 @@ def test_every_operation_reaches_its_kernel_and_agrees(name: str, normal: Normal
 @pytest.mark.parametrize("name", NAMES)
 def test_compiles_through_the_seam_without_graph_breaks(name: str, normal: Normal, device: torch.device) -> None:
     f, arguments, _ = operations(normal, device)[name]
+    torch._dynamo.reset()  # it allows a function, here the one below, 8 graphs
     compiled = torch.compile(lambda *a: f(*a), fullgraph=True, backend="aot_eager")
     for a, b in zip(flat(compiled(*arguments)), flat(f(*arguments)), strict=True):
         assert torch.equal(a, b)
