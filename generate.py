@@ -7,8 +7,10 @@ Terminal and files are here; what makes an answer is llama/generation.py. stdout
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
+import secrets
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,9 +21,13 @@ from llama.command_line import LATEST, Parser
 from llama.screen import Screen
 
 if TYPE_CHECKING:  # torch takes seconds to import: --help and wrong flags must not wait for it
+    import torch
+
     from llama.generation import Answer, Doctor, Request
+    from llama.model import Llama
     from llama.sampling import SamplingParams
 
+LAUNCHED = "RANK" in os.environ  # by torchrun, which splits the model over its processes
 SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
 
 
@@ -49,6 +55,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--repetition_penalty", type=float, metavar="X", help="over 1 makes tokens of the answer less likely to recur")
     add("--seed", type=int, metavar="N", help="same seed, same text")
     add("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; repeatable")
+    add(
+        "--on_overflow",
+        choices=["drop", "refuse"],
+        default="drop",
+        help="when a dialogue outgrows the context: leave out its oldest turns (drop), or refuse the question",
+    )
+    add(
+        "--offload",
+        nargs="?",
+        const="auto",
+        metavar="N",
+        help="keep N of the model's blocks in the CPU's memory and have them travel to the GPU for every token; "
+        "without N: as few as must",
+    )
     add("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1, ...")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: as the weights are stored")
     add("--kernels", default="auto", metavar="K", help="auto (our Triton kernels on a GPU), triton, torch, ...")
@@ -66,6 +86,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
         p.error(f"{'--raw' if args.raw else '--json'} needs --prompt or --input")
     if args.batch_size < 1:
         p.error(f"--batch_size is {args.batch_size}; it must be 1 or more")
+    if args.offload not in (None, "auto"):
+        if not args.offload.isdecimal() or int(args.offload) == 0:
+            p.error(f"--offload is {args.offload}; it must be a number of blocks, 1 or more, or stand alone")
+        args.offload = int(args.offload)
+    if LAUNCHED and (args.offload or args.adapter):
+        p.error(
+            "under torchrun there is no " + ("--offload: start more ranks" if args.offload else "--adapter: merge it")
+        )
     return args
 
 
@@ -78,7 +106,7 @@ def load(args: argparse.Namespace) -> Doctor:
 
     path, adapter = Path(args.checkpoint or "."), args.adapter and Path(args.adapter)
     if adapter:
-        from llama import lora, lora_files
+        from llama import lora_files
 
         lora_files.load_config(adapter)
         path = path if args.checkpoint is not None else lora_files.base_of(adapter)
@@ -86,18 +114,10 @@ def load(args: argparse.Namespace) -> Doctor:
         path = _latest()
 
     params, max_new_tokens = _settings(args, checkpoint.load_generation(path), path)
-    import torch
-
     import kernels
-    from llama.generation import Doctor, lay_out_for_decoding
+    from llama.generation import Doctor
 
-    device = _device(args.device)
-    kernels.use(args.kernels, device)
-    model = checkpoint.load_model(path, device, args.dtype and getattr(torch, args.dtype)).eval()
-    if adapter:
-        lora_files.add_adapter(model, adapter)
-        lora.merge(model)
-    lay_out_for_decoding(model)
+    model, device, rank, ranks = _split_model(args, path) if LAUNCHED else (*_whole_model(args, path, adapter), 0, 1)
     doctor = Doctor(
         name=f"{path} with {adapter}" if adapter else str(path),
         model=model,
@@ -108,13 +128,99 @@ def load(args: argparse.Namespace) -> Doctor:
         params=params,
         max_new_tokens=max_new_tokens,
         stop=tuple(args.stop),
+        on_overflow=args.on_overflow,
+        rank=rank,
+        ranks=ranks,
     )
+    if ranks > 1 and args.seed is None:  # all must draw the same
+        seed = doctor.shared(lambda: secrets.randbits(62))
+        doctor = dataclasses.replace(doctor, params=dataclasses.replace(params, seed=seed))
     doctor.request([doctor.tokenizer.bos_id])  # checks the rest of the settings
     if args.verbose:
         print(doctor.describe(), file=sys.stderr)
     if args.verbose or args.kernels != "auto" or device != "cpu":  # on a CPU there is nothing to choose from
         print(kernels.describe(device), file=sys.stderr)
     return doctor
+
+
+def _whole_model(args: argparse.Namespace, path: Path, adapter: Path | None) -> tuple[Llama, str]:
+    """The model, laid out for decoding, on the device or, with --offload, partly on its way there; and the device."""
+    import torch
+
+    import kernels
+    from llama import checkpoint
+    from llama.generation import lay_out_for_decoding
+
+    device = _device(args.device)
+    kernels.use(args.kernels, device)
+    dtype = args.dtype and getattr(torch, args.dtype)
+    count = _offloaded(args.offload, path, device, dtype)
+    model = checkpoint.load_model(path, "cpu" if count else device, dtype).eval()
+    if adapter:
+        from llama import lora, lora_files
+
+        lora_files.add_adapter(model, adapter)
+        lora.merge(model)
+    if count:
+        from llama.offload import offload
+
+        offload(model, list(model.layers), device, count)
+        print(f"{count} of {len(model.layers)} blocks travel to {device} for every token", file=sys.stderr)
+    else:
+        lay_out_for_decoding(model)
+    return model, device
+
+
+def _offloaded(asked: int | str | None, path: Path, device: str, dtype: torch.dtype | None) -> int:
+    """How many blocks travel. ValueError if that is not to be had, or nothing may travel and not everything fits."""
+    from llama import checkpoint
+    from llama.offload import MARGIN, POSITIONS, free_memory, gigabytes, travellers
+
+    free = free_memory(device)
+    if free is None:
+        if asked:
+            raise ValueError(
+                f"--offload keeps blocks in the CPU's memory for a GPU, and --device is {device}: leave it out"
+            )
+        return 0
+    layers = checkpoint.load_config(path).n_layers
+    if isinstance(asked, int):
+        if asked > layers:
+            raise ValueError(f"--offload {asked}: the model has {layers} blocks")
+        return asked
+    block, rest, cache = checkpoint.sizes(path, dtype, POSITIONS)
+    rest += cache + MARGIN
+    try:
+        count = travellers(layers, block, rest, free)
+    except ValueError as e:
+        raise ValueError(f"{path} on {device}: {e}; {_QUANTISE.format(path=path)}") from None
+    if count and not asked:
+        raise ValueError(
+            f"{path} needs {gigabytes(rest + layers * block)} of {device} and {gigabytes(free)} are free: --offload keeps "
+            f"blocks in the CPU's memory (slow), or {_QUANTISE.format(path=path)}"
+        )
+    return count
+
+
+_QUANTISE = (
+    "`python convert_weights.py {path} SMALLER --dtype int4` makes a model of about a quarter the size of 16 bits"
+)
+
+
+def _split_model(args: argparse.Namespace, path: Path) -> tuple[Llama, str, int, int]:
+    """This rank's part of the model, the device, and which rank of how many this is."""
+    import torch
+
+    import kernels
+    from llama import tensor_parallel
+    from llama.generation import lay_out_for_decoding
+
+    world = tensor_parallel.start(args.device)
+    kernels.use(args.kernels, str(world.device))
+    model = tensor_parallel.load(path, world, args.dtype and getattr(torch, args.dtype)).eval()
+    lay_out_for_decoding(model)
+    tensor_parallel.join(model, world.rank, world.size)
+    return model, str(world.device), world.rank, world.size
 
 
 def _latest() -> Path:
@@ -166,14 +272,14 @@ def answer_one(doctor: Doctor, args: argparse.Namespace) -> None:
     """Answer --prompt on stdout."""
     from llama.generation import Answer
 
-    text = _read_stdin() if args.prompt == "-" else args.prompt
+    text = doctor.shared(_read_stdin) if args.prompt == "-" else args.prompt
     answer = Answer(doctor.request(doctor.prompt_ids(text, args.raw), args.raw), doctor.tokenizer)
     screen = Screen(sys.stdout)
     try:
         for piece in answer.stream(doctor.model):
             if not args.json:
                 screen.write(piece)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # Ctrl-C; under torchrun it is the latter
         _end(answer, screen, args.json)
         raise
     _end(answer, screen, args.json)
@@ -218,14 +324,11 @@ def answer_file(doctor: Doctor, args: argparse.Namespace) -> int:
     from llama.generation import answer_batch
 
     source, target = Path(args.input), Path(args.output)
-    if target.exists() and source.exists() and target.samefile(source):
-        raise ValueError(f"--input and --output are both {target}")
-    records = list(_read_records(source))
-    answered = _resume(target, {line: record for line, record, _ in records})
+    records, answered = doctor.shared(lambda: _begin(source, target))
     todo = [r for r in records if r[0] not in answered]
     rejected = 0
     with (
-        target.open("a", encoding="utf-8") as out,
+        (target if doctor.rank == 0 else Path(os.devnull)).open("a", encoding="utf-8") as out,
         tqdm(total=len(records), initial=len(answered), unit=" answers", disable=None, file=sys.stderr) as bar,
     ):
         for i in range(0, len(todo), args.batch_size):
@@ -235,7 +338,10 @@ def answer_file(doctor: Doctor, args: argparse.Namespace) -> int:
                 try:
                     if error:
                         raise ValueError(error)
-                    rows.append((line, record, doctor.request(_record_ids(doctor, record, args.raw), args.raw)))
+                    ids, left_out = _record_ids(doctor, record, args.raw)
+                    if left_out:
+                        bar.write(f"{source} line {line}: the oldest {left_out} turns are left out", file=sys.stderr)
+                    rows.append((line, record, doctor.request(ids, args.raw)))
                 except ValueError as e:
                     rejected += 1
                     bar.write(f"error: {source} line {line}: {e}", file=sys.stderr)
@@ -250,6 +356,14 @@ def answer_file(doctor: Doctor, args: argparse.Namespace) -> int:
     done = len(records) - rejected
     print(f"{target}: {done:,} of {len(records):,} lines answered, {rejected:,} rejected", file=sys.stderr)
     return rejected
+
+
+def _begin(source: Path, target: Path) -> tuple[list[tuple[int, Any, str | None]], set[int]]:
+    """The records of source, and those of their lines that target answers already."""
+    if target.exists() and source.exists() and target.samefile(source):
+        raise ValueError(f"--input and --output are both {target}")
+    records = list(_read_records(source))
+    return records, _resume(target, {line: record for line, record, _ in records})
 
 
 def _read_records(path: Path) -> Iterator[tuple[int, Any, str | None]]:
@@ -269,8 +383,8 @@ def _read_records(path: Path) -> Iterator[tuple[int, Any, str | None]]:
             yield number, None, f"not JSON ({getattr(e, 'msg', 'nested too deeply')})"
 
 
-def _record_ids(doctor: Doctor, record: Any, raw: bool) -> list[int]:
-    """Prompt ids of one record. ValueError says what it lacks."""
+def _record_ids(doctor: Doctor, record: Any, raw: bool) -> tuple[list[int], int]:
+    """Prompt ids of one record, and how many of its oldest turns had to be left out. ValueError says what it lacks."""
     if not isinstance(record, dict):
         raise ValueError(f"a record must be an object, this is {type(record).__name__}")
     if "messages" in record and not raw:
@@ -285,7 +399,7 @@ def _record_ids(doctor: Doctor, record: Any, raw: bool) -> list[int]:
             dialogue = Dialogue((*doctor.chat_format.opening(), *dialogue.messages))
         if dialogue.messages[-1].role != "user":
             raise ValueError("messages must end with the user's turn")
-        return _checked(doctor, render(dialogue, doctor.chat_format, doctor.tokenizer)[0])
+        return doctor.fit(dialogue)
     key = "prompt" if "prompt" in record else "input"
     text, instruction = record.get(key), record.get("instruction")
     if not isinstance(text, str):
@@ -296,11 +410,11 @@ def _record_ids(doctor: Doctor, record: Any, raw: bool) -> list[int]:
     return _checked(doctor, doctor.prompt_ids(text, raw))
 
 
-def _checked(doctor: Doctor, ids: list[int]) -> list[int]:
+def _checked(doctor: Doctor, ids: list[int]) -> tuple[list[int], int]:
     from llama.generation import room_for
 
     room_for(doctor.model, ids, 1)
-    return ids
+    return ids, 0
 
 
 _HEAD = b'{"line": '  # how every line of --output begins
@@ -358,6 +472,15 @@ def main(argv: list[str] | None = None) -> int:
     """Exit status: 0, 2 for what the user can put right, 130 after Ctrl-C."""
     try:
         return run(sys.argv[1:] if argv is None else argv)
+    except RuntimeError as e:
+        if type(e).__name__ == "OutOfMemoryError":
+            print(
+                f"error: {str(e).splitlines()[0]}; shorten the dialogue, or free memory with --offload", file=sys.stderr
+            )
+            return 2
+        if LAUNCHED and "Connection closed by peer" in str(e):
+            return 1  # another rank is gone, and has said why
+        raise
     except ValueError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
@@ -371,4 +494,9 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal that cannot show a letter
-    sys.exit(main())
+    status = main()
+    if LAUNCHED:
+        from llama import parallel
+
+        parallel.leave(status)
+    sys.exit(status)

@@ -22,7 +22,7 @@ class KVCache:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        shape = (config.n_layers, batch, config.n_kv_heads, max_len, config.head_dim)
+        shape = (config.n_layers, batch, config.n_kv_heads // config.ranks, max_len, config.head_dim)
         self._k = torch.zeros(shape, device=device, dtype=dtype)
         self._v = torch.zeros(shape, device=device, dtype=dtype)
         self.batch = batch
