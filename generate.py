@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,10 +22,7 @@ from llama.command_line import LATEST, Parser
 from llama.screen import Screen
 
 if TYPE_CHECKING:  # torch takes seconds to import: --help and wrong flags must not wait for it
-    import torch
-
     from llama.generation import Answer, Doctor, Request
-    from llama.model import Llama
     from llama.sampling import SamplingParams
 
 LAUNCHED = "RANK" in os.environ  # by torchrun, which splits the model over its processes
@@ -92,7 +90,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         args.offload = int(args.offload)
     if LAUNCHED and (args.offload or args.adapter):
         p.error(
-            "under torchrun there is no " + ("--offload: start more ranks" if args.offload else "--adapter: merge it")
+            "under torchrun there is no "
+            + ("--offload: start more ranks" if args.offload else "--adapter: give the merged model")
         )
     return args
 
@@ -114,10 +113,18 @@ def load(args: argparse.Namespace) -> Doctor:
         path = _latest()
 
     params, max_new_tokens = _settings(args, checkpoint.load_generation(path), path)
+    import torch
+
     import kernels
+    from llama import placement
     from llama.generation import Doctor
 
-    model, device, rank, ranks = _split_model(args, path) if LAUNCHED else (*_whole_model(args, path, adapter), 0, 1)
+    dtype = args.dtype and getattr(torch, args.dtype)
+    if LAUNCHED:
+        model, device, rank, ranks = placement.over_ranks(path, args.device, dtype, args.kernels)
+    else:
+        device, rank, ranks = _device(args.device), 0, 1
+        model = placement.on_device(path, device, dtype, args.kernels, adapter, args.offload)
     doctor = Doctor(
         name=f"{path} with {adapter}" if adapter else str(path),
         model=model,
@@ -141,86 +148,6 @@ def load(args: argparse.Namespace) -> Doctor:
     if args.verbose or args.kernels != "auto" or device != "cpu":  # on a CPU there is nothing to choose from
         print(kernels.describe(device), file=sys.stderr)
     return doctor
-
-
-def _whole_model(args: argparse.Namespace, path: Path, adapter: Path | None) -> tuple[Llama, str]:
-    """The model, laid out for decoding, on the device or, with --offload, partly on its way there; and the device."""
-    import torch
-
-    import kernels
-    from llama import checkpoint
-    from llama.generation import lay_out_for_decoding
-
-    device = _device(args.device)
-    kernels.use(args.kernels, device)
-    dtype = args.dtype and getattr(torch, args.dtype)
-    count = _offloaded(args.offload, path, device, dtype)
-    model = checkpoint.load_model(path, "cpu" if count else device, dtype).eval()
-    if adapter:
-        from llama import lora, lora_files
-
-        lora_files.add_adapter(model, adapter)
-        lora.merge(model)
-    if count:
-        from llama.offload import offload
-
-        offload(model, list(model.layers), device, count)
-        print(f"{count} of {len(model.layers)} blocks travel to {device} for every token", file=sys.stderr)
-    else:
-        lay_out_for_decoding(model)
-    return model, device
-
-
-def _offloaded(asked: int | str | None, path: Path, device: str, dtype: torch.dtype | None) -> int:
-    """How many blocks travel. ValueError if that is not to be had, or nothing may travel and not everything fits."""
-    from llama import checkpoint
-    from llama.offload import MARGIN, POSITIONS, free_memory, gigabytes, travellers
-
-    free = free_memory(device)
-    if free is None:
-        if asked:
-            raise ValueError(
-                f"--offload keeps blocks in the CPU's memory for a GPU, and --device is {device}: leave it out"
-            )
-        return 0
-    layers = checkpoint.load_config(path).n_layers
-    if isinstance(asked, int):
-        if asked > layers:
-            raise ValueError(f"--offload {asked}: the model has {layers} blocks")
-        return asked
-    block, rest, cache = checkpoint.sizes(path, dtype, POSITIONS)
-    rest += cache + MARGIN
-    try:
-        count = travellers(layers, block, rest, free)
-    except ValueError as e:
-        raise ValueError(f"{path} on {device}: {e}; {_QUANTISE.format(path=path)}") from None
-    if count and not asked:
-        raise ValueError(
-            f"{path} needs {gigabytes(rest + layers * block)} of {device} and {gigabytes(free)} are free: --offload keeps "
-            f"blocks in the CPU's memory (slow), or {_QUANTISE.format(path=path)}"
-        )
-    return count
-
-
-_QUANTISE = (
-    "`python convert_weights.py {path} SMALLER --dtype int4` makes a model of about a quarter the size of 16 bits"
-)
-
-
-def _split_model(args: argparse.Namespace, path: Path) -> tuple[Llama, str, int, int]:
-    """This rank's part of the model, the device, and which rank of how many this is."""
-    import torch
-
-    import kernels
-    from llama import tensor_parallel
-    from llama.generation import lay_out_for_decoding
-
-    world = tensor_parallel.start(args.device)
-    kernels.use(args.kernels, str(world.device))
-    model = tensor_parallel.load(path, world, args.dtype and getattr(torch, args.dtype)).eval()
-    lay_out_for_decoding(model)
-    tensor_parallel.join(model, world.rank, world.size)
-    return model, str(world.device), world.rank, world.size
 
 
 def _latest() -> Path:
@@ -478,8 +405,11 @@ def main(argv: list[str] | None = None) -> int:
                 f"error: {str(e).splitlines()[0]}; shorten the dialogue, or free memory with --offload", file=sys.stderr
             )
             return 2
-        if LAUNCHED and "Connection closed by peer" in str(e):
-            return 1  # another rank is gone, and has said why
+        if LAUNCHED:
+            from llama.elastic import lost_peer
+
+            if lost_peer(e):  # the other rank has said why, or was told to end
+                return 1
         raise
     except ValueError as e:
         print(f"error: {e}", file=sys.stderr)
@@ -491,12 +421,24 @@ def main(argv: list[str] | None = None) -> int:
         return 141
 
 
+def fall_silent() -> None:
+    """Rank 0 alone reads and writes; the others, which do the same, only say what a bug does to them."""
+    sys.stdin, sys.stdout = open(os.devnull), open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+    sys.stderr = sys.stdout
+    sys.excepthook = lambda *error: traceback.print_exception(*error, file=sys.__stderr__)
+
+
 if __name__ == "__main__":
+    if LAUNCHED and os.environ["RANK"] != "0":
+        fall_silent()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal that cannot show a letter
-    status = main()
-    if LAUNCHED:
-        from llama import parallel
+    if not LAUNCHED:
+        sys.exit(main())
+    try:
+        status = main()
+    except SystemExit as e:  # a wrong flag, or Ctrl-C
+        status = int(e.code or 0)
+    from llama import parallel
 
-        parallel.leave(status)
-    sys.exit(status)
+    parallel.leave(status)

@@ -17,9 +17,6 @@ import torch.nn as nn
 from torch import Tensor
 
 BERTHS = 2
-# What an answer needs beside the weights: a context of so many tokens (a longer one finds its own room or fails), and
-# what CUDA, kernels and activations take. An assumed figure, to be measured.
-POSITIONS, MARGIN = 2048, 512 << 20
 
 
 def free_memory(device: torch.device | str) -> int | None:
@@ -28,22 +25,15 @@ def free_memory(device: torch.device | str) -> int | None:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
-def travellers(n_blocks: int, block: int, rest: int, free: int) -> int:
-    """How many of a model's blocks must travel. block, rest: bytes of one, and of all that stays on the device anyway.
+def travellers(n_blocks: int, block: int, rest: int, free: int) -> int | None:
+    """How many of a model's blocks must travel; None: it does not fit even so.
 
-    0 when everything fits. ValueError if not even the berths do.
+    block, rest: bytes of one block, and of all that is on the device anyway.
     """
     if rest + n_blocks * block <= free:
         return 0
     resident = (free - rest) // block - BERTHS
-    if resident < 0:
-        needed = gigabytes(rest + BERTHS * block)
-        raise ValueError(f"even with every block offloaded {needed} are needed, and {gigabytes(free)} are free")
-    return n_blocks - resident
-
-
-def gigabytes(n: int) -> str:
-    return f"{n / 1e9:.1f} GB"
+    return n_blocks - resident if resident >= 0 else None
 
 
 def offload(model: nn.Module, blocks: Sequence[nn.Module], device: torch.device | str, count: int) -> Ferry:

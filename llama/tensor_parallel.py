@@ -1,21 +1,20 @@
 """One model over several processes: each holds a slice of every large weight and computes its share of the heads.
 
-generate.py, started by torchrun, runs the same program on every rank: start(), load(), and after the layout for decoding
-join(). What comes from outside (the terminal, files, seeds) comes from rank 0 (Doctor.shared), the rest is a function of
-it. Acts on a finished module; training's sharding is parallel.py's.
+generate.py, started by torchrun, runs the same program on every rank: start(), load(), and after the layout for
+decoding join(). What comes from outside (the terminal, files, seeds) comes from rank 0 (Doctor.shared), the rest is a
+function of it. Acts on a finished module; training's sharding is parallel.py's.
 
-q, k, v, gate and up are cut by outputs, o and down by inputs (Megatron, arXiv:1909.08053), so attention and MLP take one
-sum over ranks each. Embedding and head are cut along the model's width: no vocabulary need divide by the ranks, and a
-tied head is the same slice. parallelize_module decides who holds what, and loading reads slices by it. For decoding the
-DTensors become their local parts: a product through DTensor's dispatch takes 0.46 ms, 560 of them make a token of a 70B
-(MLP of width 256 in one process, EPYC (Zen 4), torch 2.13: 1.42 ms against 0.04).
+q, k, v, gate and up are cut by outputs, o and down by inputs (Megatron, arXiv:1909.08053), so attention and MLP take
+one sum over ranks each. Embedding and head are cut along the model's width: no vocabulary need divide by the ranks,
+and a tied head is the same slice. parallelize_module decides who holds what, and loading reads slices by it. For
+decoding the DTensors become their local parts: a product through DTensor's dispatch takes 0.46 ms, 560 of them make a
+token of a 70B (MLP of width 256 in one process, EPYC (Zen 4), torch 2.13: 1.42 ms against 0.04).
 """
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 from dataclasses import replace
@@ -62,21 +61,20 @@ BY_INPUT = ("layers.*.attn.o", "layers.*.mlp.down", "embed", "head")
 
 
 def start(device: str) -> World:
-    """Join the ranks that torchrun started; all but the first go silent, and Ctrl-C ends all of them."""
+    """Join the ranks that torchrun started; Ctrl-C ends all of them from here on."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device != "cpu" and torch.cuda.is_available() and here > (cards := torch.cuda.device_count()):
         raise ValueError(f"{here} ranks for {cards} CUDA devices: start torchrun with --nproc_per_node {cards}")
     world = parallel.init(device, timeout=PATIENCE)
-    if world.rank > 0:
-        sys.stdin, nowhere = open(os.devnull), open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
-        sys.stdout = sys.stderr = nowhere
     _end_on_interrupt(world.rank)
     return world
 
 
 def _end_on_interrupt(rank: int) -> None:
-    """torchrun passes Ctrl-C on to every rank. The first leaves as soon as Python can, the others a little later: a rank
-    that is gone would keep the first in a collective, where no handler runs, until torchrun kills it after 30 s."""
+    """torchrun passes Ctrl-C on to every rank: the first leaves as soon as Python can, the others a little later.
+
+    A rank that is gone would keep the first in a collective, where no handler runs, until torchrun kills it after 30 s.
+    """
 
     def leave(*_: object) -> NoReturn:
         raise SystemExit(128 + signal.SIGINT)

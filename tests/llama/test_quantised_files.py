@@ -42,7 +42,11 @@ def convert(*argv: object) -> None:
 
 def dialogues(path: Path, n: int = 20) -> Path:
     lines = [
-        {"instruction": "Answer.", "input": f"I have a fever for {i} days and a cough.", "output": "Rest, and drink water."}
+        {
+            "instruction": "Answer.",
+            "input": f"I have a fever for {i} days and a cough.",
+            "output": "Rest, and drink water.",
+        }
         for i in range(n)
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
