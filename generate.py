@@ -7,9 +7,12 @@ Terminal and files are here; what makes an answer is llama/generation.py. stdout
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
+import secrets
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +27,7 @@ if TYPE_CHECKING:  # torch takes seconds to import: --help and wrong flags must 
     from llama.speculative import Drafter
     from llama.tokenizer import Tokenizer
 
+LAUNCHED = "RANK" in os.environ  # by torchrun, which splits the model over its processes
 SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
 
 
@@ -58,6 +62,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "faster; in float32 the text stays the same. Not for --input (off)",
     )
     add("--draft", metavar="DIR", help="let this smaller model, of the same tokenizer, make the guesses")
+    add(
+        "--on_overflow",
+        choices=["drop", "refuse"],
+        default="drop",
+        help="when a dialogue outgrows the context: leave out its oldest turns (drop), or refuse the question",
+    )
+    add(
+        "--offload",
+        nargs="?",
+        const="auto",
+        metavar="N",
+        help="keep N of the model's blocks in the CPU's memory and have them travel to the GPU for every token; "
+        "without N: as few as must",
+    )
     add("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1, ...")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: as the weights are stored")
     add("--kernels", default="auto", metavar="K", help="auto (our Triton kernels on a GPU), triton, torch, ...")
@@ -79,6 +97,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
         p.error("--speculate and --draft are for one answer at a time; --input has --batch_size")
     if args.batch_size < 1:
         p.error(f"--batch_size is {args.batch_size}; it must be 1 or more")
+    if args.offload not in (None, "auto"):
+        if not args.offload.isdecimal() or int(args.offload) == 0:
+            p.error(f"--offload is {args.offload}; it must be a number of blocks, 1 or more, or stand alone")
+        args.offload = int(args.offload)
+    if LAUNCHED and (args.offload or args.adapter):
+        p.error(
+            "under torchrun there is no "
+            + ("--offload: start more ranks" if args.offload else "--adapter: give the merged model")
+        )
     return args
 
 
@@ -91,7 +118,7 @@ def load(args: argparse.Namespace) -> Doctor:
 
     path, adapter = Path(args.checkpoint or "."), args.adapter and Path(args.adapter)
     if adapter:
-        from llama import lora, lora_files
+        from llama import lora_files
 
         lora_files.load_config(adapter)
         path = path if args.checkpoint is not None else lora_files.base_of(adapter)
@@ -102,15 +129,15 @@ def load(args: argparse.Namespace) -> Doctor:
     import torch
 
     import kernels
-    from llama.generation import Doctor, lay_out_for_decoding
+    from llama import placement
+    from llama.generation import Doctor
 
-    device = _device(args.device)
-    kernels.use(args.kernels, device)
-    model = checkpoint.load_model(path, device, args.dtype and getattr(torch, args.dtype)).eval()
-    if adapter:
-        lora_files.add_adapter(model, adapter)
-        lora.merge(model)
-    lay_out_for_decoding(model)
+    dtype = args.dtype and getattr(torch, args.dtype)
+    if LAUNCHED:
+        model, device, rank, ranks = placement.over_ranks(path, args.device, dtype, args.kernels)
+    else:
+        device, rank, ranks = _device(args.device), 0, 1
+        model = placement.on_device(path, device, dtype, args.kernels, adapter, args.offload)
     tokenizer = checkpoint.load_tokenizer(path)
     doctor = Doctor(
         name=f"{path} with {adapter}" if adapter else str(path),
@@ -124,7 +151,13 @@ def load(args: argparse.Namespace) -> Doctor:
         stop=tuple(args.stop),
         weights=f"int{scheme.bits}" if (scheme := checkpoint.load_scheme(path)) else "",
         drafter=_drafter(args, tokenizer, device),
+        on_overflow=args.on_overflow,
+        rank=rank,
+        ranks=ranks,
     )
+    if ranks > 1 and args.seed is None:  # all must draw the same
+        seed = doctor.shared(lambda: secrets.randbits(62))
+        doctor = dataclasses.replace(doctor, params=dataclasses.replace(params, seed=seed))
     doctor.request([doctor.tokenizer.bos_id])  # checks the rest of the settings
     if args.verbose:
         print(doctor.describe(), file=sys.stderr)
@@ -206,14 +239,14 @@ def answer_one(doctor: Doctor, args: argparse.Namespace) -> None:
     """Answer --prompt on stdout."""
     from llama.generation import Answer
 
-    text = _read_stdin() if args.prompt == "-" else args.prompt
+    text = doctor.shared(_read_stdin) if args.prompt == "-" else args.prompt
     answer = Answer(doctor.request(doctor.prompt_ids(text, args.raw), args.raw), doctor.tokenizer)
     screen = Screen(sys.stdout)
     try:
         for piece in answer.stream(doctor.model, drafter=doctor.drafter):
             if not args.json:
                 screen.write(piece)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # Ctrl-C; under torchrun it is the latter
         _end(answer, screen, args.json)
         raise
     _end(answer, screen, args.json)
@@ -258,14 +291,11 @@ def answer_file(doctor: Doctor, args: argparse.Namespace) -> int:
     from llama.generation import answer_batch
 
     source, target = Path(args.input), Path(args.output)
-    if target.exists() and source.exists() and target.samefile(source):
-        raise ValueError(f"--input and --output are both {target}")
-    records = list(_read_records(source))
-    answered = _resume(target, {line: record for line, record, _ in records})
+    records, answered = doctor.shared(lambda: _begin(source, target))
     todo = [r for r in records if r[0] not in answered]
     rejected = 0
     with (
-        target.open("a", encoding="utf-8") as out,
+        (target if doctor.rank == 0 else Path(os.devnull)).open("a", encoding="utf-8") as out,
         tqdm(total=len(records), initial=len(answered), unit=" answers", disable=None, file=sys.stderr) as bar,
     ):
         for i in range(0, len(todo), args.batch_size):
@@ -275,7 +305,10 @@ def answer_file(doctor: Doctor, args: argparse.Namespace) -> int:
                 try:
                     if error:
                         raise ValueError(error)
-                    rows.append((line, record, doctor.request(_record_ids(doctor, record, args.raw), args.raw)))
+                    ids, left_out = _record_ids(doctor, record, args.raw)
+                    if left_out:
+                        bar.write(f"{source} line {line}: the oldest {left_out} turns are left out", file=sys.stderr)
+                    rows.append((line, record, doctor.request(ids, args.raw)))
                 except ValueError as e:
                     rejected += 1
                     bar.write(f"error: {source} line {line}: {e}", file=sys.stderr)
@@ -290,6 +323,14 @@ def answer_file(doctor: Doctor, args: argparse.Namespace) -> int:
     done = len(records) - rejected
     print(f"{target}: {done:,} of {len(records):,} lines answered, {rejected:,} rejected", file=sys.stderr)
     return rejected
+
+
+def _begin(source: Path, target: Path) -> tuple[list[tuple[int, Any, str | None]], set[int]]:
+    """The records of source, and those of their lines that target answers already."""
+    if target.exists() and source.exists() and target.samefile(source):
+        raise ValueError(f"--input and --output are both {target}")
+    records = list(_read_records(source))
+    return records, _resume(target, {line: record for line, record, _ in records})
 
 
 def _read_records(path: Path) -> Iterator[tuple[int, Any, str | None]]:
@@ -309,8 +350,8 @@ def _read_records(path: Path) -> Iterator[tuple[int, Any, str | None]]:
             yield number, None, f"not JSON ({getattr(e, 'msg', 'nested too deeply')})"
 
 
-def _record_ids(doctor: Doctor, record: Any, raw: bool) -> list[int]:
-    """Prompt ids of one record. ValueError says what it lacks."""
+def _record_ids(doctor: Doctor, record: Any, raw: bool) -> tuple[list[int], int]:
+    """Prompt ids of one record, and how many of its oldest turns had to be left out. ValueError says what it lacks."""
     if not isinstance(record, dict):
         raise ValueError(f"a record must be an object, this is {type(record).__name__}")
     if "messages" in record and not raw:
@@ -325,7 +366,7 @@ def _record_ids(doctor: Doctor, record: Any, raw: bool) -> list[int]:
             dialogue = Dialogue((*doctor.chat_format.opening(), *dialogue.messages))
         if dialogue.messages[-1].role != "user":
             raise ValueError("messages must end with the user's turn")
-        return _checked(doctor, render(dialogue, doctor.chat_format, doctor.tokenizer)[0])
+        return doctor.fit(dialogue)
     key = "prompt" if "prompt" in record else "input"
     text, instruction = record.get(key), record.get("instruction")
     if not isinstance(text, str):
@@ -336,11 +377,11 @@ def _record_ids(doctor: Doctor, record: Any, raw: bool) -> list[int]:
     return _checked(doctor, doctor.prompt_ids(text, raw))
 
 
-def _checked(doctor: Doctor, ids: list[int]) -> list[int]:
+def _checked(doctor: Doctor, ids: list[int]) -> tuple[list[int], int]:
     from llama.generation import room_for
 
     room_for(doctor.model, ids, 1)
-    return ids
+    return ids, 0
 
 
 _HEAD = b'{"line": '  # how every line of --output begins
@@ -398,6 +439,18 @@ def main(argv: list[str] | None = None) -> int:
     """Exit status: 0, 2 for what the user can put right, 130 after Ctrl-C."""
     try:
         return run(sys.argv[1:] if argv is None else argv)
+    except RuntimeError as e:
+        if type(e).__name__ == "OutOfMemoryError":
+            print(
+                f"error: {str(e).splitlines()[0]}; shorten the dialogue, or free memory with --offload", file=sys.stderr
+            )
+            return 2
+        if LAUNCHED:
+            from llama.elastic import lost_peer
+
+            if lost_peer(e):  # the other rank has said why, or was told to end
+                return 1
+        raise
     except ValueError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
@@ -408,7 +461,24 @@ def main(argv: list[str] | None = None) -> int:
         return 141
 
 
+def fall_silent() -> None:
+    """Rank 0 alone reads and writes; the others, which do the same, only say what a bug does to them."""
+    sys.stdin, sys.stdout = open(os.devnull), open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+    sys.stderr = sys.stdout
+    sys.excepthook = lambda *error: traceback.print_exception(*error, file=sys.__stderr__)
+
+
 if __name__ == "__main__":
+    if LAUNCHED and os.environ["RANK"] != "0":
+        fall_silent()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal that cannot show a letter
-    sys.exit(main())
+    if not LAUNCHED:
+        sys.exit(main())
+    try:
+        status = main()
+    except SystemExit as e:  # a wrong flag, or Ctrl-C
+        status = int(e.code or 0)
+    from llama import parallel
+
+    parallel.leave(status)

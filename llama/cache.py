@@ -22,7 +22,7 @@ class KVCache:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        shape = (config.n_layers, batch, config.n_kv_heads, max_len, config.head_dim)
+        shape = (config.n_layers, batch, config.n_kv_heads // config.ranks, max_len, config.head_dim)
         self._k = torch.zeros(shape, device=device, dtype=dtype)
         self._v = torch.zeros(shape, device=device, dtype=dtype)
         self.batch = batch
@@ -87,7 +87,7 @@ class FixedCache(KVCache):
         self.place = torch.zeros(1, dtype=torch.int64, device=cache._k.device)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Write k, v (B, 1, G, K) at the place; the storage (B, max_len, G, K), and how much of it counts, int32 (1,)."""
+        """Write k, v (B, 1, G, K) at the place; the storage (B, max_len, G, K), and how much counts, int32 (1,)."""
         assert self.place is not None
         keys, values = self._k[layer], self._v[layer]
         keys.index_copy_(2, self.place, k.transpose(1, 2).to(keys.dtype))

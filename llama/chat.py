@@ -6,6 +6,7 @@ Training, chat, evaluation and serving all call render(); the format is stored b
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
@@ -160,21 +161,28 @@ def render_text(text: str, tokenizer: Encoder, *, first: bool = True, last: bool
     return [tokenizer.bos_id, *tokenizer.encode(text, continued=not first), *([tokenizer.eos_id] if last else [])]
 
 
-def fit(dialogue: Dialogue, chat_format: ChatFormat, tokenizer: Encoder, limit: int) -> tuple[list[int], int]:
+def fit(
+    dialogue: Dialogue, chat_format: ChatFormat, tokenizer: Encoder, limit: int, kept: int | None = None
+) -> tuple[list[int], int]:
     """Prompt ids of a dialogue that ends with the user's turn, and how many of its oldest turns were left out.
 
-    A turn is a question with its answer. They go, oldest first, until the ids number at most `limit` or only the last
-    question is left; the system message stays.
+    A turn is a question with its answer. When the ids number more than `limit`, turns go, oldest first, until they
+    number at most `kept` (None: limit) or only the last question is left; the system message stays.
     """
     messages = dialogue.messages
     system = messages[:1] if messages[0].role == "system" else ()
     turns = messages[len(system) :]
-    dropped = 0
-    while True:
-        ids, _ = render(Dialogue((*system, *turns[2 * dropped :])), chat_format, tokenizer)
-        if len(ids) <= limit or 2 * dropped + 1 >= len(turns):
-            return ids, dropped
-        dropped += 1
+
+    def without(dropped: int) -> list[int]:
+        return render(Dialogue((*system, *turns[2 * dropped :])), chat_format, tokenizer)[0]
+
+    ids = without(0)
+    if len(ids) <= limit or len(turns) == 1:
+        return ids, 0
+    most = limit if kept is None else kept
+    # The fewest; halving, for a dialogue of a thousand turns would be encoded a thousand times.
+    dropped = bisect_left(range(len(turns) // 2), True, lo=1, key=lambda n: len(without(n)) <= most)
+    return without(dropped), dropped
 
 
 def targets_of(ids: Sequence[int], mask: Sequence[bool]) -> list[int]:

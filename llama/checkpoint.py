@@ -11,8 +11,10 @@ that what is loaded is what was stored; whoever samples must leave out ids from 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -146,16 +148,24 @@ def load_generation(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def load_model(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Llama:
+def load_model(
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    split: Callable[[Llama], object] | None = None,
+) -> Llama:
     """The model in a Hugging Face directory, in a `checkpoint-<step>/` of a training run, or in a GGUF file.
 
-    dtype None: as stored (packed numbers: float16). ValueError, one line, for anything that is not exactly the model
-    that config.json or the GGUF file describes.
+    dtype None: as stored (packed numbers: float16). split(model): makes DTensors of what is still on meta; every rank
+    then reads only its slices, and checks its part of the files. ValueError, one line, for anything that is not exactly
+    the model that config.json or the GGUF file describes.
     """
     path = _directory(path)
     config = load_config(path)
-    _check(path)
+    _check(path, shared=split is not None)
     if _is_training_state(path) and (path / ADAPTER_CONFIG).exists():
+        if split is not None:
+            raise ValueError(f"{path}: holds adapters only, which are not split over ranks; give a finished model")
         from llama import lora_files
 
         return lora_files.load_training_state(path, config, device, dtype)
@@ -164,10 +174,14 @@ def load_model(path: str | Path, device: torch.device | str = "cpu", dtype: torc
         model = Llama(config)
     dtype = dtype or (weights.dtype() if weights else torch.float32)
     if (scheme := load_scheme(path)) is not None:
-        replace(model.layers, lambda _, linear: empty(linear, scheme, device, dtype), scheme.bits)
+        replace(model.layers, lambda _, linear: empty(linear, scheme, "meta", dtype), scheme.bits)
+    if split is not None:
+        split(model)
     for module in model.modules():  # what to_empty() does, without its import of sympy (0.5 s)
         for name, p in module.named_parameters(recurse=False):
-            setattr(module, name, torch.nn.Parameter(torch.empty(p.shape, dtype=dtype, device=device)))
+            setattr(module, name, torch.nn.Parameter(torch.empty_like(p, dtype=dtype, device=device)))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty_like(buffer, device=device))
     _fill(model, path, weights)
     return model
 
@@ -199,6 +213,14 @@ def _weights(path: Path, config: LlamaConfig) -> Weights | _FromGGUF:
     return _FromGGUF(GGUF(path)) if is_gguf(path) else Weights(path, config, load_scheme(path))
 
 
+def sizes(path: str | Path, dtype: torch.dtype | None, positions: int) -> tuple[int, int, int]:
+    """Bytes that the model in a directory takes once loaded: a block, the rest, and a KV cache of so many positions."""
+    config, scheme, dtype = load_config(path), load_scheme(path), dtype or stored_dtype(path)
+    one, two = (stored_bytes(dataclasses.replace(config, n_layers=n), dtype, scheme) for n in (1, 2))
+    cache = 2 * config.n_layers * config.n_kv_heads * config.head_dim * min(positions, config.max_seq_len)
+    return two - one, 2 * one - two, cache * dtype.itemsize
+
+
 class _NoInit(TorchFunctionMode):
     """Modules made under it leave their parameters as they are: drawing random numbers on meta imports torch._dynamo,
     0.8 s of the 1.1 s that loading a small model took."""
@@ -209,7 +231,7 @@ class _NoInit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def copied(parameter: nn.Parameter, values: Tensor) -> None:
+def copied(parameter: Tensor, values: Tensor) -> None:
     """Store this rank's part of a weight, rounded to the parameter's number type."""
     (parameter.to_local() if hasattr(parameter, "to_local") else parameter).copy_(values)
 
@@ -242,9 +264,9 @@ def load_weights(model: Llama, path: str | Path, assign: Callable[[nn.Parameter,
     _fill(model, path, None, assign)
 
 
-def _check(path: Path) -> None:
+def _check(path: Path, shared: bool = False) -> None:
     if (path / MANIFEST).exists():
-        verify(path)
+        verify(path, *((int(os.environ[f"LOCAL_{name}"]) for name in ("RANK", "WORLD_SIZE")) if shared else ()))
 
 
 def _is_training_state(path: Path) -> bool:
@@ -269,18 +291,22 @@ def _fill(
     for name, module in model.named_modules():
         if isinstance(module, QuantisedLinear):
             packed = weights.read_packed(f"{name}.weight")
-            module.codes.copy_(packed.codes)
-            module.scales.copy_(packed.scales)
+            for buffer, values in ((module.codes, packed.codes), (module.scales, packed.scales)):
+                copied(buffer, values[_part(buffer)])
     for name, p in parameters:
-        if hasattr(p, "device_mesh"):
-            from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+        where = _part(p)
+        if all(s == slice(None) or s.start < s.stop for s in where):
+            assign(p, weights.read(name, where))
 
-            shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
-            if 0 not in shape:
-                where = tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
-                assign(p, weights.read(name, where))
-        else:
-            assign(p, weights.read(name))
+
+def _part(tensor: Tensor) -> tuple[slice, ...]:
+    """What this rank holds of a tensor that may be sharded."""
+    if not hasattr(tensor, "device_mesh"):
+        return (slice(None),)
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
 
 
 # --- writing --------------------------------------------------------------------------------------

@@ -222,7 +222,8 @@ def join(parent: nn.Module, names: Sequence[str]) -> None:
     faster() has nothing for them, as for adapters.
     """
     children = [getattr(parent, name) for name in names]
-    sizes = [len(child.codes) if isinstance(child, QuantisedLinear) else child.out_features for child in children]
+    # Rows of what is there: out_features is of the whole weight also where this process holds a slice.
+    sizes = [len(child.codes if isinstance(child, QuantisedLinear) else child.weight) for child in children]
     if (joined := faster(children)) is None:
         return
     for name in names:

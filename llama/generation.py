@@ -7,16 +7,16 @@ turn of a dialogue to the next. Knows nothing of terminals, files or prompt form
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from llama import few_rows
 from llama.cache import KVCache
-from llama.chat import ChatFormat, Dialogue, Message, render
+from llama.chat import ChatFormat, Dialogue, Message, fit, render
 from llama.model import Llama
 from llama.quantize import QuantisedLinear, Scheme, nearest
 from llama.sampling import Sampler, SamplingParams
@@ -25,6 +25,7 @@ from llama.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from llama.speculative import Drafter
 
+Result = TypeVar("Result")
 CHUNK = 256  # prompt tokens per prefill pass: bounds the memory of activations, long enough to keep a CPU busy
 
 
@@ -50,7 +51,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Doctor:
-    """A model with everything that an answer needs: tokenizer, prompt format, settings."""
+    """A model with everything that an answer needs: tokenizer, prompt format, settings.
+
+    ranks: processes that share the model and all do the same (tensor_parallel.py); this is number `rank` of them.
+    """
 
     name: str
     model: Llama
@@ -61,6 +65,17 @@ class Doctor:
     stop: tuple[str, ...] = ()
     weights: str = ""  # their number type, where it is not the embedding's
     drafter: Drafter | None = None  # guesses ahead where answers come one at a time
+    on_overflow: Literal["drop", "refuse"] = "drop"  # what becomes of a dialogue that outgrows the context
+    rank: int = 0
+    ranks: int = 1
+
+    def shared(self, work: Callable[[], Result]) -> Result:
+        """What work returns; it runs on rank 0 alone. For all that comes from outside: terminal, files, chance."""
+        if self.ranks == 1:
+            return work()
+        from llama.together import on_first_rank
+
+        return on_first_rank(work)
 
     def prompt_ids(self, text: str, raw: bool = False) -> list[int]:
         """Ids of a new chat's first question; raw: of BOS and the text as it is."""
@@ -71,15 +86,33 @@ class Doctor:
         dialogue = Dialogue((*self.chat_format.opening(), Message("user", text)))
         return render(dialogue, self.chat_format, self.tokenizer)[0]
 
+    def fit(self, dialogue: Dialogue, kept: float = 1.0) -> tuple[list[int], int]:
+        """Prompt ids of a dialogue with room for an answer, and how many of its oldest turns were left out for that.
+
+        kept: the share of that place which may stay taken when turns must go. ValueError if the last question alone
+        does not fit, or turns would have to go and must not.
+        """
+        context = self.model.config.max_seq_len
+        place = context - min(self.max_new_tokens, context // 2)
+        ids, dropped = fit(dialogue, self.chat_format, self.tokenizer, place, int(kept * place))
+        if dropped and self.on_overflow == "refuse":
+            raise ValueError(
+                f"the dialogue has outgrown the context of {context:,} tokens (an answer takes up to "
+                f"{context - place:,} of them); begin a new one, or give up its oldest turns with --on_overflow drop"
+            )
+        room_for(self.model, ids, 1)
+        return ids, dropped
+
     def request(self, ids: Sequence[int], raw: bool = False, params: SamplingParams | None = None) -> Request:
         return Request(ids, params or self.params, self.max_new_tokens, self.stop, trim=not raw)
 
     def describe(self) -> str:
         """One line: which model, how large, where."""
         n, weight = self.model.config.n_params(), self.model.embed.weight
+        ranks = f", split over {self.ranks} ranks" if self.ranks > 1 else ""
         size = f"{n / 1e9:.1f}B" if n >= 1e9 else f"{n / 1e6:.1f}M" if n >= 1e6 else f"{n:,}"
         kind = self.weights or str(weight.dtype).removeprefix("torch.")
-        return f"{self.name}: {size} parameters, {kind} on {weight.device}"
+        return f"{self.name}: {size} parameters, {kind} on {weight.device}{ranks}"
 
 
 class Context:

@@ -226,6 +226,10 @@ def test_verbose_says_which_kernels_run(generate: Generate) -> None:
         (["--prompt", "x", "--speculate", "often"], "--speculate"),
         (["--input", "y", "--output", "z", "--speculate", "lookup"], "one answer at a time; --input has --batch_size"),
         (["--input", "y", "--output", "z", "--draft", "d"], "one answer at a time; --input has --batch_size"),
+        (["--prompt", "x", "--offload"], "--offload spares a GPU's memory, and --device is cpu"),
+        (["--prompt", "x", "--offload", "0"], "--offload is 0; it must be a number of blocks"),
+        (["--prompt", "x", "--offload", "all"], "--offload is all; it must be a number of blocks"),
+        (["--on_overflow", "shrink"], "--on_overflow"),
     ],
 )
 def test_mistakes_get_one_line_and_exit_2(generate: Generate, argv: list[str], says: str) -> None:
@@ -331,6 +335,32 @@ def test_a_run_that_was_killed_goes_on(generate: Generate, tmp_path: Path) -> No
     assert [(a["line"], a["text"]) for a in lines_of(target)] == whole
 
 
+def test_a_record_that_outgrows_the_context_loses_its_oldest_turns(generate: Generate, tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    question, answer = (
+        {"role": "user", "content": "pain in the chest"},
+        {"role": "assistant", "content": "rest in the back"},
+    )
+    long = {"messages": [{"role": "system", "content": "I cough"}, *[question, answer] * 9, question]}
+    short = {"messages": [long["messages"][0], *[question, answer] * 3, question]}
+    source.write_text(json.dumps(long) + "\n" + json.dumps(short) + "\n")
+    flags = ["--input", str(source), "--temperature", "0", "--max_new_tokens", "9", "--output"]
+    code, _, err = generate(*flags, str(tmp_path / "out.jsonl"))
+    assert code == 0
+    left_out = int(re.search(r"in.jsonl line 1: the oldest (\d+) turns are left out", err)[1])  # type: ignore[index]
+    assert "line 2: the oldest" not in err
+    kept = {"messages": [long["messages"][0], *[question, answer] * (9 - left_out), question]}
+    source.write_text(json.dumps(kept) + "\n")
+    assert generate(*flags, str(tmp_path / "kept.jsonl"))[0] == 0
+    (whole, _), (cut,) = lines_of(tmp_path / "out.jsonl"), lines_of(tmp_path / "kept.jsonl")
+    assert whole["token_ids"] == cut["token_ids"]
+    assert whole["prompt_tokens"] == cut["prompt_tokens"] > 80
+    source.write_text(json.dumps(long) + "\n")
+    code, _, err = generate(*flags, str(tmp_path / "refused.jsonl"), "--on_overflow", "refuse")
+    assert code == 2
+    assert "line 1: the dialogue has outgrown the context of 128 tokens" in err
+
+
 def test_somebody_elses_file_is_not_touched(generate: Generate, tmp_path: Path) -> None:
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text(json.dumps(RECORDS[0]))
@@ -399,9 +429,22 @@ def test_the_oldest_turns_go_when_the_context_is_full(generate: Generate) -> Non
     stdin = b"I have pain in the chest and cough\n" * 8 + b"/stats\n"
     code, _, err = generate("--max_new_tokens", "20", "--temperature", "0", stdin=stdin)
     assert code == 0
-    assert "(the context of 128 tokens is full: the oldest turn is left out from here on)" in err
+    said = re.findall(r"\(the context of 128 tokens is full: the oldest (\d) turns are left out from here on\)", err)
+    assert 0 < len(said) <= 3  # several at once, so that the next turns fit again
+    assert said == sorted(said)
     assert "dialogue: 8 turns" in err
     assert "error" not in err
+
+
+def test_refused_on_overflow_the_dialogue_stays(generate: Generate, tmp_path: Path) -> None:
+    stdin = b"I have pain in the chest and cough\n" * 6 + f"/save {tmp_path}/chat.json\n/retry\n".encode()
+    code, out, err = generate("--max_new_tokens", "20", "--on_overflow", "refuse", stdin=stdin)
+    assert code == 0
+    refused = err.count("error: the dialogue has outgrown the context of 128 tokens (an answer takes up to 20 of them)")
+    assert 0 < refused < 6
+    assert "left out" not in err
+    assert len(json.loads((tmp_path / "chat.json").read_text())["messages"]) == 2 * (6 - refused)
+    assert len(out.splitlines()) >= 6 - refused + 1  # and /retry answers the last question that was answered
 
 
 def test_a_question_that_does_not_fit_is_refused_and_the_chat_goes_on(generate: Generate) -> None:

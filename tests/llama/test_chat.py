@@ -142,6 +142,13 @@ def test_fit_drops_the_oldest_turns_and_keeps_the_system_message(small_tokenizer
     ids, dropped = fit(dialogue, fmt, small_tokenizer, len(whole) - 1)
     assert dropped == 1
     assert ids == render(Dialogue((SYSTEM, *(m for p in pairs[1:] for m in p), last)), fmt, small_tokenizer)[0]
+    assert fit(dialogue, fmt, small_tokenizer, len(whole), 0) == (whole, 0)  # kept counts only when turns must go
+    shorter = [
+        render(Dialogue((SYSTEM, *(m for p in pairs[n:] for m in p), last)), fmt, small_tokenizer)[0] for n in range(6)
+    ]
+    for most in range(len(whole)):  # the fewest turns that will do
+        dropped = next((n for n in range(1, 5) if len(shorter[n]) <= most), 5)
+        assert fit(dialogue, fmt, small_tokenizer, len(whole) - 1, most) == (shorter[dropped], dropped)
     ids, dropped = fit(dialogue, fmt, small_tokenizer, 0)  # the last question is never dropped
     assert (ids, dropped) == (render(Dialogue((SYSTEM, last)), fmt, small_tokenizer)[0], 5)
 

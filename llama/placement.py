@@ -1,0 +1,79 @@
+"""A model in a directory -> the same ready to answer: on one device, partly on its way there, or over several ranks.
+
+generate.py calls it with what its flags say; how a model is split or travels is tensor_parallel.py's and offload.py's.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import kernels
+from llama import checkpoint
+from llama.generation import lay_out_for_decoding
+from llama.model import Llama
+from llama.offload import free_memory, offload, travellers
+
+# What an answer needs beside the weights: a context of so many tokens (a longer one finds its own room or fails), and
+# what CUDA, kernels and activations take. An assumed figure, to be measured.
+POSITIONS, MARGIN = 2048, 512 << 20
+SMALLER = "`python convert_weights.py {} SMALLER --dtype int4` makes a model of about a quarter of 16 bits' size"
+Offload = int | Literal["auto"] | None  # how many blocks travel; "auto": as few as must; None: none may
+
+
+def on_device(
+    path: Path, device: str, dtype: torch.dtype | None, backend: str, adapter: Path | None, asked: Offload
+) -> Llama:
+    """The whole model, an adapter merged into it. ValueError if it does not fit and nothing may travel."""
+    kernels.use(backend, device)
+    count = count_travelling(path, device, dtype, asked)
+    model = checkpoint.load_model(path, "cpu" if count else device, dtype).eval()
+    if adapter:
+        from llama import lora, lora_files
+
+        lora_files.add_adapter(model, adapter)
+        lora.merge(model)
+    if not count:
+        lay_out_for_decoding(model)
+        return model
+    offload(model, list(model.layers), device, count)
+    print(f"{count} of {len(model.layers)} blocks travel to {device} for every token", file=sys.stderr)
+    return model
+
+
+def count_travelling(path: Path, device: str, dtype: torch.dtype | None, asked: Offload) -> int:
+    """How many of the model's blocks are to travel. ValueError, one line with the remedy, if that is not to be had."""
+    free = free_memory(device)
+    if free is None:
+        if asked is not None:
+            raise ValueError(f"--offload spares a GPU's memory, and --device is {device}: leave it out")
+        return 0
+    layers = checkpoint.load_config(path).n_layers
+    if isinstance(asked, int):
+        if asked > layers:
+            raise ValueError(f"--offload {asked}: the model has {layers} blocks")
+        return asked
+    block, rest, cache = checkpoint.sizes(path, dtype, POSITIONS)
+    rest += cache + MARGIN
+    count = travellers(layers, block, rest, free)
+    if count is None or (count and asked is None):
+        first = "--offload keeps blocks in the CPU's memory (slow), or " if count else "even with --offload; "
+        needed, there = (f"{n / 1e9:.1f} GB" for n in (rest + layers * block, free))
+        raise ValueError(f"{path} needs {needed} and {device} has {there} free: {first}{SMALLER.format(path)}")
+    return count
+
+
+def over_ranks(path: Path, device: str, dtype: torch.dtype | None, backend: str) -> tuple[Llama, str, int, int]:
+    """This rank's part of the model, its device, and which rank of how many this is. torchrun started it."""
+    from llama import tensor_parallel
+
+    world = tensor_parallel.start(device)
+    here = str(world.device)
+    kernels.use(backend, here)
+    model = tensor_parallel.load(path, world, dtype).eval()
+    lay_out_for_decoding(model)
+    tensor_parallel.join(model, world.rank, world.size)
+    return model, here, world.rank, world.size
