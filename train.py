@@ -42,7 +42,8 @@ from llama.changes import WeightSample
 from llama.chat import Dialogue, Message, render
 from llama.command_line import LATEST
 from llama.elastic import Stop
-from llama.generation import Request, answer_batch
+from llama.batching import answer_batch
+from llama.generation import Request
 from llama.model import Llama
 from llama.optimizer import clipped_step
 from llama.parallel import World
@@ -555,18 +556,12 @@ def examine(run: Run, sample: synthesize.Sample) -> None:
 
 
 def answer_all(run: Run, questions: list[tuple[Message, ...]]) -> list[str]:
-    """Greedy answers to dialogues that end in a question, prompts of like length side by side."""
+    """Greedy answers to dialogues that end in a question."""
     chat_format, tokenizer = run.source.chat_format, run.source.tokenizer
     greedy = SamplingParams(temperature=0.0, repetition_penalty=1.0)
     prompts = [render(Dialogue((*chat_format.opening(), *q)), chat_format, tokenizer)[0] for q in questions]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    answers = [""] * len(prompts)
-    for at in range(0, len(order), 64):
-        rows = order[at : at + 64]
-        batch = answer_batch(run.model, tokenizer, [Request(prompts[i], greedy, 80) for i in rows])
-        for i, answer in zip(rows, batch, strict=True):
-            answers[i] = answer.text
-    return answers
+    answers = answer_batch(run.model, tokenizer, [Request(ids, greedy, 80) for ids in prompts], rows=64)
+    return [answer.text for answer in answers]
 
 
 def execute(args: TrainArguments, world: World) -> int:
