@@ -46,7 +46,11 @@ class SplitLinear(nn.Module):
         rows = x.numel() // width
         if rows > 1:
             one = has_onednn()
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "") if one else F.linear(x, self.weight)
+            return (
+                torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+                if one
+                else F.linear(x, self.weight)
+            )
         parts = torch.get_num_threads()
         while width % parts:
             parts -= 1

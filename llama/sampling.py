@@ -166,7 +166,10 @@ class Sampler:
         if self._penalty is not None:
             if self._seen is None:
                 self._seen = self._seen_at_first(self._punished, x)
-            x = torch.where(self._seen, torch.where(x < 0, x * self._penalty, x / self._penalty), x)
+            # Few tokens have been seen: (32, 32000) takes 0.8 ms so, and 8 by torch.where over all (a core of an EPYC).
+            rows, ids = self._seen.nonzero(as_tuple=True)
+            seen, penalty = x[rows, ids], self._penalty[rows, 0]
+            x = x.index_put((rows, ids), torch.where(seen < 0, seen * penalty, seen / penalty))
         return x
 
     @staticmethod
