@@ -12,7 +12,9 @@ import json
 import os
 import secrets
 import sys
+import time
 import traceback
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +24,7 @@ from llama.command_line import LATEST, Parser
 from llama.screen import Screen
 
 if TYPE_CHECKING:  # torch takes seconds to import: --help and wrong flags must not wait for it
-    from llama.generation import Answer, Doctor, Request
+    from llama.generation import Answer, Doctor
     from llama.sampling import SamplingParams
     from llama.speculative import Drafter
     from llama.tokenizer import Tokenizer
@@ -44,7 +46,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--prompt", metavar="TEXT", help="answer this one question; - reads it from stdin")
     add("--input", metavar="F.jsonl", help='answer every line: {"prompt"}, {"instruction", "input"} or {"messages"}')
     add("--output", metavar="F.jsonl", help="where the answers to --input go; run again to go on after a break")
-    add("--batch_size", type=int, default=8, metavar="N", help="lines of --input answered side by side (8)")
+    add("--batch_size", type=int, default=32, metavar="N", help="lines of --input answered side by side (32)")
     add("--raw", action="store_true", help="pass the text as it is, without the checkpoint's prompt format")
     add("--json", action="store_true", help="print one JSON object per answer")
     add("--max_new_tokens", type=int, metavar="N", help="longest answer")
@@ -283,43 +285,51 @@ def _read_stdin() -> str:
 def answer_file(doctor: Doctor, args: argparse.Namespace) -> int:
     """Answer every line of --input into --output; the number of lines that could not be answered.
 
-    One line of output per line of input: the record, its line number, and the answer or the error. Lines that an
-    earlier run answered are kept and not run again.
+    One line of output per line of input: the record, its line number, and the answer or the error. They are written as
+    they end, and put into the order of the input when all are there. Lines that an earlier run answered are kept and
+    not run again.
     """
     from tqdm import tqdm
 
-    from llama.generation import answer_batch
+    from llama.batching import Batch
 
     source, target = Path(args.input), Path(args.output)
     records, answered = doctor.shared(lambda: _begin(source, target))
-    todo = [r for r in records if r[0] not in answered]
-    rejected = 0
+    todo = deque(r for r in records if r[0] not in answered)
+    batch = Batch(doctor.model, doctor.tokenizer, args.batch_size)
+    open_lines: dict[Answer, tuple[int, Any]] = {}
+    rejected, tokens, began = 0, 0, time.perf_counter()
     with (
         (target if doctor.rank == 0 else Path(os.devnull)).open("a", encoding="utf-8") as out,
         tqdm(total=len(records), initial=len(answered), unit=" answers", disable=None, file=sys.stderr) as bar,
     ):
-        for i in range(0, len(todo), args.batch_size):
-            rows: list[tuple[int, Any, Request]] = []
-            results: list[dict[str, Any]] = []
-            for line, record, error in todo[i : i + args.batch_size]:
+
+        def write(line: int, record: Any, result: dict[str, Any]) -> None:
+            out.write(_line({"line": line, "record": record, **result}) + "\n")
+            out.flush()
+            bar.set_postfix_str(f"{tokens / (time.perf_counter() - began):,.0f} tok/s", refresh=False)
+            bar.update()
+
+        while todo or batch:
+            while todo and len(batch) < 2 * args.batch_size:  # enough that wait for the next free rows
+                line, record, error = todo.popleft()
                 try:
                     if error:
                         raise ValueError(error)
                     ids, left_out = _record_ids(doctor, record, args.raw)
                     if left_out:
                         bar.write(f"{source} line {line}: the oldest {left_out} turns are left out", file=sys.stderr)
-                    rows.append((line, record, doctor.request(ids, args.raw)))
+                    open_lines[batch.submit(doctor.request(ids, args.raw))] = line, record
                 except ValueError as e:
                     rejected += 1
                     bar.write(f"error: {source} line {line}: {e}", file=sys.stderr)
-                    results.append({"line": line, "record": record, "error": str(e)})
-            answers = answer_batch(doctor.model, doctor.tokenizer, [r for *_, r in rows]) if rows else []
-            for (line, record, _), answer in zip(rows, answers, strict=True):
-                results.append({"line": line, "record": record, **answer.to_json()})
-            for result in sorted(results, key=lambda r: r["line"]):
-                out.write(_line(result) + "\n")
-            out.flush()
-            bar.update(len(results))
+                    write(line, record, {"error": str(e)})
+            for answer, _ in batch.step():
+                tokens += 1
+                if answer.finish_reason:
+                    write(*open_lines.pop(answer), answer.to_json())
+    if doctor.rank == 0:
+        _rewrite(target, dict(_numbered(target.read_bytes())))
     done = len(records) - rejected
     print(f"{target}: {done:,} of {len(records):,} lines answered, {rejected:,} rejected", file=sys.stderr)
     return rejected
@@ -331,6 +341,19 @@ def _begin(source: Path, target: Path) -> tuple[list[tuple[int, Any, str | None]
         raise ValueError(f"--input and --output are both {target}")
     records = list(_read_records(source))
     return records, _resume(target, {line: record for line, record, _ in records})
+
+
+def _numbered(lines: bytes) -> Iterator[tuple[int, bytes]]:
+    """The lines of an output file with the numbers of the input's lines that they answer."""
+    for line in lines.splitlines():
+        yield json.loads(line)["line"], line
+
+
+def _rewrite(path: Path, lines: dict[int, bytes]) -> None:
+    """Put these lines into the file in the order of their numbers, or change nothing."""
+    whole = path.with_name(path.name + ".tmp")
+    whole.write_bytes(b"".join(lines[n] + b"\n" for n in sorted(lines)))
+    os.replace(whole, path)
 
 
 def _read_records(path: Path) -> Iterator[tuple[int, Any, str | None]]:
@@ -412,9 +435,7 @@ def _resume(path: Path, records: dict[int, Any]) -> set[int]:
             raise ValueError(f"{path} exists and line {i + 1} is no answer to this --input; choose another --output")
         if "error" not in answer:
             kept[answer["line"]] = line
-    whole = path.with_name(path.name + ".tmp")
-    whole.write_bytes(b"".join(line + b"\n" for line in kept.values()))
-    os.replace(whole, path)
+    _rewrite(path, kept)
     return set(kept)
 
 

@@ -28,9 +28,9 @@ from data.records import BadRecord
 from data.training import open_batches, open_data, training_texts
 from llama import checkpoint, elastic, lora, parallel, planner, preference, rehearsal
 from llama.arguments import TrainArguments, parse
+from llama.batching import answer_greedily
 from llama.changes import WeightSample
 from llama.elastic import Stop
-from llama.generation import answer_greedily
 from llama.optimizer import clipped_step
 from llama.parallel import World
 from llama.run_state import (

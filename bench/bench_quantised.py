@@ -27,8 +27,9 @@ from report import RESULTS, write
 from data import synthesize
 from data.metrics import share_named_right
 from llama import checkpoint, quantize
+from llama.batching import answer_batch
 from llama.chat import ChatFormat, Dialogue, render
-from llama.generation import Request, answer_batch, lay_out_for_decoding
+from llama.generation import Request, lay_out_for_decoding
 from llama.model import IGNORE, Llama
 from llama.quantize import Packed, Scheme
 from llama.sampling import SamplingParams
@@ -62,14 +63,8 @@ def share_right(model: Llama, tokenizer: Tokenizer, chat_format: ChatFormat, sam
     """Of the held-out questions, how many name the right condition."""
     asked = sample.held_out_examples
     prompts = [render(Dialogue(e.dialogue.messages[:1]), chat_format, tokenizer)[0] for e in asked]
-    order = sorted(range(len(asked)), key=lambda i: len(prompts[i]))
-    texts = [""] * len(asked)
-    for at in range(0, len(order), 64):
-        rows = order[at : at + 64]
-        answers = answer_batch(model, tokenizer, [Request(prompts[i], GREEDY, 80) for i in rows])
-        for i, answer in zip(rows, answers, strict=True):
-            texts[i] = answer.text
-    return share_named_right(sample.table, asked, texts)
+    answers = answer_batch(model, tokenizer, [Request(ids, GREEDY, 80) for ids in prompts], rows=64)
+    return share_named_right(sample.table, asked, [answer.text for answer in answers])
 
 
 def main() -> None:

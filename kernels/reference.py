@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 TILE = 128  # query rows per tile where documents or a cache bound what a row may see
+CALL = 20_000  # numbers of k that are read while attention of one row is called
 LOGITS_BYTES = 64 * 2**20  # fp32 logits held at a time by linear_cross_entropy
 DEQUANTISED = 2**22  # numbers made from codes at a time: 16 MiB in fp32, whatever the matrix
 ADAMW_NUMBERS = 2**18  # of a parameter at a time: what adamw needs beside it stays in the cache
@@ -68,9 +69,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = Non
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if T == 1:
         # The group's query heads stand in as rows of one head: no copy of the cache per query head.
-        mask = None if documents is None else _visible(documents[0], S - 1, S, 0)
-        o = F.scaled_dot_product_attention(q.reshape(B, G, H // G, K), k, v, attn_mask=mask)
-        return o.reshape(B, 1, H, K)
+        q = q.reshape(B, G, H // G, K)
+        if documents is None:
+            return F.scaled_dot_product_attention(q, k, v).reshape(B, 1, H, K)
+        if q.is_cpu and not torch.compiler.is_compiling():
+            return _each_row(q, k, v, documents[0][:, -1].tolist()).reshape(B, 1, H, K)
+        mask = _visible(documents[0], S - 1, S, 0)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, 1, H, K)
     if documents is None and T == S:
         o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != G)
         return o.transpose(1, 2)
@@ -100,6 +105,23 @@ def attention_bounded(q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor
     if T == 1:
         return F.scaled_dot_product_attention(q.reshape(B, G, H // G, K), k, v, attn_mask=mask).reshape(B, 1, H, K)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=H != G).transpose(1, 2)
+
+
+def _each_row(q: Tensor, k: Tensor, v: Tensor, starts: list[int]) -> Tensor:
+    """q (B, G, H / G, K) over the positions of k, v (B, G, S, K) from each row's start on.
+
+    A call for each row reads no more than the row; one call with a mask reads the longest in every row. 32 rows of 20
+    to 330 positions, 6 layers, 6 heads of 48, one thread of an EPYC (Zen 5): 8.3 ms instead of 11.3.
+    """
+    S, left = k.shape[2], min(starts)
+    wasted = sum(starts) - left * len(starts)
+    if wasted * k.shape[1] * k.shape[3] > CALL * len(starts):
+        rows = zip(q.split(1), k.split(1), v.split(1), starts, strict=True)
+        return torch.cat([F.scaled_dot_product_attention(a, b[:, :, i:], c[:, :, i:]) for a, b, c, i in rows])
+    mask = None
+    if wasted:
+        mask = (torch.arange(left, S) >= torch.tensor(starts)[:, None])[:, None, None]
+    return F.scaled_dot_product_attention(q, k[:, :, left:], v[:, :, left:], attn_mask=mask)
 
 
 def _visible(start: Tensor | None, top: int, bottom: int, left: int, device: torch.device | None = None) -> Tensor:

@@ -1,4 +1,8 @@
-"""KVCache: the keys and values of the tokens seen so far. Owned by whoever decodes; the model only appends to it."""
+"""The keys and values of the tokens seen so far. Owned by whoever decodes; the model only appends to them.
+
+KVCache holds rows that begin and end together, or end together after beginning at `first`. RaggedCache is for rows that
+join and leave while others go on (batching.py).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,8 @@ import torch
 from torch import Tensor
 
 from llama.config import LlamaConfig
+
+SLACK = 64  # positions that a RaggedCache can go on, at least, before what lives is moved
 
 
 class KVCache:
@@ -29,7 +35,7 @@ class KVCache:
         self.max_len = max_len
         self.length = 0  # positions filled, the same in every row
         self.place: Tensor | None = None  # see FixedCache
-        self.pad: Tensor | None = None  # (B,) int32: how many positions at a row's left are padding
+        self.first: Tensor | None = None  # (B,) int32: the position at which each row begins; None: 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Write k, v (B, T, G, K) behind what is there; all keys and values (B, length + T, G, K), as views.
@@ -40,9 +46,10 @@ class KVCache:
         end = self.length + T
         if end > self.max_len:
             raise ValueError(f"the KV cache holds {self.max_len} positions; {end} are needed")
-        self._k[layer, :, :, self.length : end] = k.transpose(1, 2)
-        self._v[layer, :, :, self.length : end] = v.transpose(1, 2)
-        return self._k[layer, :, :, :end].transpose(1, 2), self._v[layer, :, :, :end].transpose(1, 2), None
+        B = self.batch
+        self._k[layer, :B, :, self.length : end] = k.transpose(1, 2)
+        self._v[layer, :B, :, self.length : end] = v.transpose(1, 2)
+        return self._k[layer, :B, :, :end].transpose(1, 2), self._v[layer, :B, :, :end].transpose(1, 2), None
 
     def advance(self, T: int) -> None:
         """Count T appended positions as filled."""
@@ -57,21 +64,27 @@ class KVCache:
         """A cache of max_len positions that holds what this one does."""
         L, B, G, _, K = self._k.shape
         other = object.__new__(KVCache)
-        other.batch, other.max_len, other.length, other.pad = self.batch, max_len, self.length, self.pad
+        other.batch, other.max_len, other.length, other.first = self.batch, max_len, self.length, self.first
         other.place = None
         other._k, other._v = self._k.new_zeros(L, B, G, max_len, K), self._v.new_zeros(L, B, G, max_len, K)
         other._k[:, :, :, : self.length] = self._k[:, :, :, : self.length]
         other._v[:, :, :, : self.length] = self._v[:, :, :, : self.length]
         return other
 
+    def keep(self, at: int, n: int) -> None:
+        """Forget all but the n positions from `at` on, which become the first."""
+        for t in (self._k, self._v):
+            t[:, :, :, :n] = t[:, :, :, at : at + n].clone()
+        self.length = n
+
     def starts(self, T: int) -> Tensor | None:
-        """(B, length + T) int32: the first position that each position may see; None when no row is padded."""
-        if self.pad is None:
+        """(B, length + T) int32: the first position that each position may see; None when all rows begin at 0."""
+        if self.first is None:
             return None
         S = self.length + T
-        columns = torch.arange(S, device=self.pad.device, dtype=torch.int32)
-        pad = self.pad[:, None]
-        return torch.where(columns < pad, 0, pad).to(torch.int32)
+        columns = torch.arange(S, device=self.first.device, dtype=torch.int32)
+        first = self.first[:, None]
+        return torch.where(columns < first, 0, first).to(torch.int32)
 
 
 class FixedCache(KVCache):
@@ -83,7 +96,7 @@ class FixedCache(KVCache):
 
     def __init__(self, cache: KVCache) -> None:
         self._k, self._v = cache._k, cache._v
-        self.batch, self.max_len, self.length, self.pad = cache.batch, cache.max_len, 0, None
+        self.batch, self.max_len, self.length, self.first = cache.batch, cache.max_len, 0, None
         self.place = torch.zeros(1, dtype=torch.int64, device=cache._k.device)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -96,3 +109,72 @@ class FixedCache(KVCache):
 
     def advance(self, T: int) -> None:
         """The place is set from outside."""
+
+
+class RaggedCache(KVCache):
+    """Rows that join and leave, each as long as it is: the rows 0 .. batch - 1 of a storage for at most `rows`.
+
+    All end at the same position and each begins at its own, so that a step appends one slice, and attention needs to
+    know no more than where a row begins. Positions wander to the right; where the storage ends, what lives is moved
+    back to its front, or into a larger or smaller one. The memory is that of the rows alive times the longest of them,
+    and half as much again, whatever the model's context.
+    """
+
+    def __init__(
+        self, config: LlamaConfig, rows: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__(config, 0, 0, device, dtype)
+        self.rows = rows
+        self._begins: list[int] = []  # the same as `first`, without asking the device
+        self._note()
+
+    def join(self, source: KVCache, at: int, n: int) -> None:
+        """A new last row: the n positions from `at` on of a cache of one row."""
+        assert self.batch < self.rows, "every row is taken"
+        self._make_room(self.batch + 1, n, 0)
+        begin = self.length - n
+        for mine, theirs in ((self._k, source._k), (self._v, source._v)):
+            mine[:, self.batch, :, begin : self.length] = theirs[:, 0, :, at : at + n]
+        self._begins.append(begin)
+        self._note()
+
+    def leave(self, row: int) -> None:
+        """Forget a row; the last one takes its place."""
+        begin = self._begins.pop()
+        if row < len(self._begins):
+            for t in (self._k, self._v):
+                t[:, row, :, begin : self.length] = t[:, len(self._begins), :, begin : self.length]
+            self._begins[row] = begin
+        self._note()
+
+    def reserve(self, T: int) -> None:
+        """Make place for T more positions in every row."""
+        self._make_room(self.batch, 0, T)
+
+    def _note(self) -> None:
+        self.batch = len(self._begins)
+        self.first = torch.tensor(self._begins, dtype=torch.int32, device=self._k.device)
+
+    def _make_room(self, rows: int, span: int, T: int) -> None:
+        """Place for so many rows, for a row of `span` positions before the end, and for T positions behind it."""
+        L, held, G, width, K = self._k.shape
+        if rows <= held and span <= self.length and self.length + T <= width:
+            return
+        live = self.length - min(self._begins, default=self.length)
+        end = max(live, span)
+        if not rows <= held <= 4 * rows:
+            held = min(2 * rows, self.rows)
+        if not end + T + SLACK // 2 <= width <= 3 * (end + T) + SLACK:
+            width = end + T + max(SLACK, (end + T) // 2)
+        old, new = slice(self.length - live, self.length), slice(end - live, end)
+        for name in ("_k", "_v"):
+            source = getattr(self, name)
+            same = source.shape[1] == held and self.max_len == width
+            target = source if same else source.new_zeros(L, held, G, width, K)
+            for layer in range(L if live else 0):  # a layer at a time: in one storage, old and new place overlap
+                part = source[layer, : self.batch, :, old]
+                target[layer, : self.batch, :, new] = part.clone() if same else part
+            setattr(self, name, target)
+        self._begins = [begin + end - self.length for begin in self._begins]
+        self.length, self.max_len = end, width
+        self._note()

@@ -21,18 +21,20 @@ from torch import Tensor
 from llama.quantize import GROUPS, Packed, QuantisedLinear
 
 NARROW = (torch.bfloat16, torch.float16)
-MOST_ROWS = 8  # from 16 rows on F.linear is as fast as SplitLinear
 SMALLEST = 65_536  # elements; below, the extra call costs what it wins
-MOST_ROWS_INT8 = 24  # beyond, a bf16 copy made for the call is faster; (4096, 768), 2 threads of an EPYC (Zen 4)
+MOST_ROWS_INT8 = 16  # beyond, a bf16 copy made for the call is faster; (4096, 768), 2 threads of an EPYC (Zen 4)
+COPIED = 2**22  # numbers of that copy at a time: one of (32000, 768) whole takes 3 times as long, in fresh memory
 MOST_ROWS_INT4 = 96
 
 
 class SplitLinear(nn.Module):
     """nn.Linear without bias for fp32, its weight (out, in) stored transposed and read by all threads at once.
 
-    The sum over `in` is cut into one part per thread, the parts are a batched product and are added up. F.linear
-    against this, us per row, 2 threads of an AMD EPYC (Zen 4), torch 2.13, MKL: (288, 288) 44 / 30, (768, 768)
+    For one row the sum over `in` is cut into one part per thread, the parts are a batched product and are added up.
+    F.linear against this, us, 2 threads of an AMD EPYC (Zen 4), torch 2.13, MKL: (288, 288) 44 / 30, (768, 768)
     194 / 111, (768, 2048) 429 / 331, (2048, 768) 509 / 253, (32000, 288) 4434 / 1155, (32000, 768) 9375 / 2701.
+    More rows go to oneDNN, which takes the transposed weight as it lies; us of (2304, 768) by the number of rows:
+    F.linear 585 (2), 653 (8), 1223 (32), the parts 228, 448, 1205, oneDNN 217, 297, 499.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -42,8 +44,13 @@ class SplitLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out, width = self.weight.shape
         rows = x.numel() // width
-        if rows > MOST_ROWS:
-            return F.linear(x, self.weight)
+        if rows > 1:
+            one = has_onednn()
+            return (
+                torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+                if one
+                else F.linear(x, self.weight)
+            )
         parts = torch.get_num_threads()
         while width % parts:
             parts -= 1
@@ -56,8 +63,7 @@ class PackedLinear(nn.Module):
     """nn.Linear without bias for bf16 weights and fp32 rows, its weight in oneDNN's own order and nowhere else.
 
     F.linear against this, us per row, as above: (768, 768) 221 / 138, (768, 2048) 358 / 263, (4096, 768) 709 / 357,
-    (32000, 288) 3012 / 939, (32000, 768) 5559 / 2705. The operators are torch.compile's and not documented:
-    has_packed() says whether this torch has them.
+    (32000, 288) 3012 / 939, (32000, 768) 5559 / 2705. has_packed() says whether it can run.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -97,7 +103,8 @@ class Int8Linear(nn.Module):
         if len(rows) <= MOST_ROWS_INT8:
             y = torch._weight_int8pack_mm(rows, self.q, self.scales)
         else:
-            y = F.linear(rows, self.q.bfloat16()).mul_(self.scales)
+            some = max(1, COPIED // self.q.shape[1])
+            y = torch.cat([F.linear(rows, q.bfloat16()) for q in self.q.split(some)], dim=1).mul_(self.scales)
         return y.float().view(*x.shape[:-1], -1)
 
 
@@ -161,14 +168,16 @@ def int4_order_is_known() -> bool:
     return torch.equal(torch.cat(int4_halves(packed, 32), dim=-1)[0].t(), q)
 
 
+@functools.cache
+def has_onednn() -> bool:
+    """Whether this torch has oneDNN's products. The operators are torch.compile's and not documented."""
+    ops = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
+    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in ops)
+
+
 def has_packed() -> bool:
     """Whether this machine and this torch can run PackedLinear."""
-    ops = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
-    return (
-        torch.backends.mkldnn.is_available()
-        and all(hasattr(torch.ops.mkldnn, name) for name in ops)
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+    return has_onednn() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def faster(linears: Sequence[nn.Module]) -> nn.Module | None:

@@ -1,7 +1,7 @@
-"""Prompt ids -> answers: prefill, decode, stop, stream; one prompt or a batch.
+"""Prompt ids -> an answer: prefill, decode, stop, stream.
 
-generate.py, evaluation and serving call stream() for ids or Answer for text. A Context carries the KV cache from one
-turn of a dialogue to the next. Knows nothing of terminals, files or prompt formats.
+generate.py, evaluation and serving call stream() for ids or Answer for text; many at a time are batching.py's. A
+Context carries the KV cache from one turn of a dialogue to the next. Knows nothing of terminals, files or prompt formats.
 """
 
 from __future__ import annotations
@@ -247,12 +247,14 @@ class Answer:
     def stream(self, model: Llama, context: Context | None = None, drafter: Drafter | None = None) -> Iterator[str]:
         """Pieces of text as they become certain. Breaking off leaves the answer as far as it came."""
         context = context or Context(model)
-        limits = {**_limits(self._tokenizer), "context": context, "drafter": drafter}
+        within = limits(self._tokenizer)
         request = self.request
-        tokens = stream(model, request.prompt, request.params, request.max_new_tokens, **limits)
+        tokens = stream(
+            model, request.prompt, request.params, request.max_new_tokens, context=context, drafter=drafter, **within
+        )
         if drafter is not None:
             self.drafts = drafter.drafts = Drafts()
-        self._start = time.perf_counter()
+        self.start_clock()
         for token in tokens:
             if not self.token_ids:
                 self.reused_tokens = context.reused
@@ -263,6 +265,10 @@ class Answer:
                 return
         ended = len(self.token_ids) < room_for(model, request.prompt, request.max_new_tokens)
         yield self.finish("stop" if ended else "length")
+
+    def start_clock(self) -> None:
+        """Its prompt is being read from now on."""
+        self._start = time.perf_counter()
 
     def feed(self, token: int) -> str:
         """Take in the next id; the text that is certain now. A stop text sets finish_reason."""
@@ -317,63 +323,13 @@ class Answer:
         }
 
 
-def _limits(tokenizer: Tokenizer) -> dict[str, Any]:
+def limits(tokenizer: Tokenizer) -> dict[str, Any]:
     """What may come out of a model with this tokenizer: a checkpoint may have rows that the tokenizer lacks."""
     return {
         "stop_ids": (tokenizer.eos_id,),
         "banned": [i for i in (tokenizer.bos_id, tokenizer.unk_id) if i >= 0],
         "vocab_size": tokenizer.vocab_size,
     }
-
-
-def answer_batch(model: Llama, tokenizer: Tokenizer, requests: Sequence[Request]) -> list[Answer]:
-    """Answer all requests side by side; the same answers as one by one, up to rounding in the last bits of logits.
-
-    Short prompts are padded on the left, so keep prompts of like length together. ValueError if one does not fit.
-    """
-    rooms = [room_for(model, r.prompt, r.max_new_tokens) for r in requests]
-    answers = [Answer(r, tokenizer) for r in requests]
-    limits = _limits(tokenizer)
-    device = model.embed.weight.device
-    T = max(len(r.prompt) for r in requests)
-    pad = [T - len(r.prompt) for r in requests]
-    tokens = torch.tensor([[0] * n + list(r.prompt) for n, r in zip(pad, requests, strict=True)], device=device)
-    cache = _new_cache(model, len(requests), T + max(rooms))
-    cache.pad = torch.tensor(pad, dtype=torch.int32, device=device) if any(pad) else None
-    sampler = Sampler(
-        [r.params for r in requests], [r.prompt for r in requests], device, limits["vocab_size"], limits["banned"]
-    )
-    open_rows = set(range(len(requests)))
-    for row in _steps(model, tokens, cache, sampler):
-        for i in sorted(open_rows):
-            answer, token = answers[i], row[i]
-            if token in limits["stop_ids"]:
-                answer.finish("stop")
-            else:
-                answer.feed(token)
-                if answer.finish_reason is None and len(answer.token_ids) == rooms[i]:
-                    answer.finish("length")
-            if answer.finish_reason:
-                open_rows.discard(i)
-        if not open_rows:
-            return answers
-    raise AssertionError("_steps never ends by itself")
-
-
-def answer_greedily(
-    model: Llama, tokenizer: Tokenizer, chat_format: ChatFormat, questions: Sequence[tuple[Message, ...]]
-) -> list[str]:
-    """Greedy answers of at most 80 tokens to dialogues that end in a question, prompts of like length side by side."""
-    greedy = SamplingParams(temperature=0.0, repetition_penalty=1.0)
-    prompts = [render(Dialogue((*chat_format.opening(), *q)), chat_format, tokenizer)[0] for q in questions]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    answers = [""] * len(prompts)
-    for at in range(0, len(order), 64):
-        rows = order[at : at + 64]
-        batch = answer_batch(model, tokenizer, [Request(prompts[i], greedy, 80) for i in rows])
-        for i, answer in zip(rows, batch, strict=True):
-            answers[i] = answer.text
-    return answers
 
 
 class StopMatcher:

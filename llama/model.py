@@ -151,14 +151,15 @@ class Llama(nn.Module):
         """Logits (B, T, V) of tokens (B, T); with targets (B, T), the summed loss (fp32) and its token count (int64).
 
         Targets of IGNORE carry no loss. documents: (start, end) int32 (B, T) of a packed batch: a token sees its own
-        document, and positions restart in each. cache: the tokens follow what it holds, and it grows by them.
+        document, and positions restart in each. cache: the tokens follow what it holds, and it grows by them; with
+        documents as well, these are (B, S), of what it holds and of the tokens.
         last_only: logits (B, 1, V) of the last token only, all that decoding needs of a prompt. weigh(x (N, D), head
         (V, D), targets (N,)): with targets, gives how much each token's loss counts, fp32 (N,), without gradient.
         """
         B, T = tokens.shape
         x = self.embed(tokens)
         past = 0 if cache is None else cache.length
-        if cache is not None and (starts := cache.starts(T)) is not None:
+        if cache is not None and documents is None and (starts := cache.starts(T)) is not None:
             documents = (starts, torch.full_like(starts, past + T))
         if cache is not None and cache.place is not None:
             rotation = tuple(table[cache.place] for table in self._tables(cache.max_len, x.device))

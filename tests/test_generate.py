@@ -320,8 +320,8 @@ def test_broken_lines_are_named_and_lose_nothing(generate: Generate, tmp_path: P
     source.write_bytes(b"\n".join([good] * 15))
     code, _, err = generate("--input", str(source), "--output", str(target), "--max_new_tokens", "4")
     assert code == 0
-    assert {a["line"] for a in lines_of(target)} == set(range(1, 16))
-    assert target.read_text().splitlines()[:2] == before
+    assert [a["line"] for a in lines_of(target)] == list(range(1, 16))
+    assert set(before) <= set(target.read_text().splitlines())
 
 
 def test_a_run_that_was_killed_goes_on(generate: Generate, tmp_path: Path) -> None:

@@ -21,7 +21,6 @@ from llama.generation import (
     Doctor,
     Request,
     StopMatcher,
-    answer_batch,
     lay_out_for_decoding,
     stream,
 )
@@ -193,24 +192,6 @@ def test_the_second_turn_runs_only_what_is_new(model: Llama, small_tokenizer: To
 
 
 # --- answers ---
-
-
-def test_a_batch_answers_as_each_alone(model: Llama, small_tokenizer: Tokenizer) -> None:
-    texts = ["fever", "I have pain in the chest and cough for two days", "head", "back pain", "rest in the head"]
-    requests = [
-        Request([1, *small_tokenizer.encode(t)], GREEDY, max_new_tokens=20 + i, stop=("e",) if i == 3 else ())
-        for i, t in enumerate(texts)
-    ]
-    alone = answers(model, small_tokenizer, requests)
-    for a, b in zip(answer_batch(model, small_tokenizer, requests), alone, strict=True):
-        assert (a.text, a.token_ids, a.finish_reason) == (b.text, b.token_ids, b.finish_reason)
-
-
-def test_a_rows_sampled_text_does_not_depend_on_the_batch(model: Llama, small_tokenizer: Tokenizer) -> None:
-    requests = [Request([1, 9 + i] * (i + 1), SamplingParams(temperature=0.8, seed=i), 25) for i in range(4)]
-    alone = [a.token_ids for a in answers(model, small_tokenizer, requests)]
-    assert [a.token_ids for a in answer_batch(model, small_tokenizer, requests)] == alone
-    assert [a.token_ids for a in answer_batch(model, small_tokenizer, requests[1:3])] == alone[1:3]
 
 
 def test_answer_ends_at_eos_stop_text_or_length(model: Llama, small_tokenizer: Tokenizer) -> None:

@@ -125,7 +125,7 @@ def test_left_padded_rows_equal_rows_alone() -> None:
     long, short = ids(c, 1, 20), ids(c, 1, 7, seed=3)
     rows = torch.cat((long, torch.cat((torch.zeros(1, 13, dtype=torch.int64), short), 1)))
     cache = KVCache(c, 2, 32)
-    cache.pad = torch.tensor([0, 13], dtype=torch.int32)
+    cache.first = torch.tensor([0, 13], dtype=torch.int32)
     got = [
         model(rows[:, :15], cache=cache)[:, -1:],
         model(rows[:, 15:19], cache=cache),

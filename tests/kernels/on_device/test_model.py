@@ -81,7 +81,7 @@ def test_prompt_and_steps_through_a_cache(device: torch.device, no_worse: Check)
         ):
             kernels.use(backend)
             cache = KVCache(CONFIG, 2, 64, device, m.embed.weight.dtype)
-            cache.pad = torch.tensor([0, 7], dtype=torch.int32, device=device)
+            cache.first = torch.tensor([0, 7], dtype=torch.int32, device=device)
             logits = [m(tokens[:, :50], cache=cache, last_only=True)]
             logits += [m(tokens[:, t : t + 1], cache=cache) for t in range(50, 60)]
             results[name] = torch.cat(logits, 1)
