@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import secrets
@@ -80,6 +81,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     add("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1, ...")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: as the weights are stored")
+    add("--compile", action="store_true", help="compile single steps by torch.compile: half a minute at first use")
     add("--kernels", default="auto", metavar="K", help="auto (our Triton kernels on a GPU), triton, torch, ...")
     add(
         "--verbose",
@@ -103,6 +105,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if not args.offload.isdecimal() or int(args.offload) == 0:
             p.error(f"--offload is {args.offload}; it must be a number of blocks, 1 or more, or stand alone")
         args.offload = int(args.offload)
+    if args.compile and (args.input is not None or LAUNCHED or args.offload):
+        p.error("--compile is for one answer at a time on one device: not with --input, --offload or torchrun")
     if LAUNCHED and (args.offload or args.adapter):
         p.error(
             "under torchrun there is no "
@@ -132,7 +136,7 @@ def load(args: argparse.Namespace) -> Doctor:
 
     import kernels
     from llama import placement
-    from llama.generation import Doctor
+    from llama.generation import Doctor, stream
 
     dtype = args.dtype and getattr(torch, args.dtype)
     if LAUNCHED:
@@ -156,11 +160,16 @@ def load(args: argparse.Namespace) -> Doctor:
         on_overflow=args.on_overflow,
         rank=rank,
         ranks=ranks,
+        compiled=args.compile,
     )
     if ranks > 1 and args.seed is None:  # all must draw the same
         seed = doctor.shared(lambda: secrets.randbits(62))
         doctor = dataclasses.replace(doctor, params=dataclasses.replace(params, seed=seed))
     doctor.request([doctor.tokenizer.bos_id])  # checks the rest of the settings
+    if args.compile:
+        began = time.perf_counter()
+        list(itertools.islice(stream(model, [tokenizer.bos_id], params, 3, context=doctor.context()), 3))
+        print(f"compiled in {time.perf_counter() - began:.1f} s", file=sys.stderr)
     if args.verbose:
         print(doctor.describe(), file=sys.stderr)
     if args.verbose or args.kernels != "auto" or device != "cpu":  # on a CPU there is nothing to choose from
@@ -245,7 +254,7 @@ def answer_one(doctor: Doctor, args: argparse.Namespace) -> None:
     answer = Answer(doctor.request(doctor.prompt_ids(text, args.raw), args.raw), doctor.tokenizer)
     screen = Screen(sys.stdout)
     try:
-        for piece in answer.stream(doctor.model, drafter=doctor.drafter):
+        for piece in answer.stream(doctor.model, doctor.context(), drafter=doctor.drafter):
             if not args.json:
                 screen.write(piece)
     except (KeyboardInterrupt, SystemExit):  # Ctrl-C; under torchrun it is the latter

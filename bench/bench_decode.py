@@ -96,7 +96,9 @@ def save(path: Path, shape: str, kinds: list[str]) -> None:
 def save_gguf(path: Path, kinds: list[str]) -> None:
     """The same weights for llama.cpp, quantised by its own hand."""
     import llama_cpp as lib
+    from decode_worker import silence
 
+    silence(lib)
     largest = "float32" if "float32" in kinds else "bfloat16"
     _convert(path / "float", path / f"{largest}.gguf", "--to", "gguf", "--dtype", largest)
     for kind in kinds:
@@ -130,6 +132,8 @@ def bench_shape(shape: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         path = Path(folder)
         save(path, shape, args.kinds)
         engines = [("ours", k, path / ("float" if k in FLOATS else k)) for k in args.kinds]
+        if args.compiled:
+            engines += [("ours compiled", k, where) for _, k, where in engines]
         engines += [("transformers", k, path / "float") for k in args.kinds if k in FLOATS]
         if importlib.util.find_spec("llama_cpp"):
             save_gguf(path, args.kinds)
@@ -177,7 +181,7 @@ def _compare(rows: list[dict[str, Any]]) -> None:
     """Into our rows: how many times a peer's speed, the median over passes."""
     found = {(row["engine"], row["kind"]): row for row in rows}
     for row in rows:
-        if row["engine"] == "ours":
+        if row["engine"].startswith("ours"):
             theirs = row["kind"] if row["kind"] in FLOATS else "bfloat16"
             for peer, kind in (("transformers", theirs), ("llama.cpp", row["kind"])):
                 other = found.get((peer, kind))
@@ -227,6 +231,7 @@ def main() -> None:
     p.add_argument("--kinds", nargs="*", default=list(GGUF), choices=list(GGUF))
     p.add_argument("--passes", type=int, default=5)
     p.add_argument("--threads", type=int, default=2)
+    p.add_argument("--compiled", action="store_true", help="our steps by torch.compile as well")
     p.add_argument("--prompt", type=int, default=64, help="ids of the prompt")
     p.add_argument("--new", type=int, default=128, help="new tokens")
     p.add_argument("--output", type=Path, default=RESULTS / "decode_cpu.json")

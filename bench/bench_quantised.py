@@ -27,15 +27,12 @@ from report import RESULTS, write
 from data import synthesize
 from data.metrics import share_named_right
 from llama import checkpoint, quantize
-from llama.batching import answer_batch
-from llama.chat import ChatFormat, Dialogue, render
-from llama.generation import Request, lay_out_for_decoding
+from llama.batching import answer_greedily
+from llama.chat import ChatFormat, render
+from llama.generation import lay_out_for_decoding
 from llama.model import IGNORE, Llama
 from llama.quantize import Packed, Scheme
-from llama.sampling import SamplingParams
 from llama.tokenizer import Tokenizer
-
-GREEDY = SamplingParams(temperature=0.0, repetition_penalty=1.0)
 
 
 def naive(weight: torch.Tensor, scheme: Scheme) -> Packed:
@@ -62,9 +59,8 @@ def mean_loss(model: Llama, rows: list[tuple[list[int], list[bool]]]) -> float:
 def share_right(model: Llama, tokenizer: Tokenizer, chat_format: ChatFormat, sample: synthesize.Sample) -> float:
     """Of the held-out questions, how many name the right condition."""
     asked = sample.held_out_examples
-    prompts = [render(Dialogue(e.dialogue.messages[:1]), chat_format, tokenizer)[0] for e in asked]
-    answers = answer_batch(model, tokenizer, [Request(ids, GREEDY, 80) for ids in prompts], rows=64)
-    return share_named_right(sample.table, asked, [answer.text for answer in answers])
+    answers = answer_greedily(model, tokenizer, chat_format, [e.dialogue.messages[:1] for e in asked])
+    return share_named_right(sample.table, asked, answers)
 
 
 def main() -> None:

@@ -9,8 +9,9 @@ prefill (to the first token) and of the n - 1 tokens after it, and the ids, gree
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -23,11 +24,11 @@ sys.path.insert(0, str(ROOT))
 Run = Callable[[list[int], int], tuple[float, float, list[int]]]
 
 
-def ours(kind: str, path: str, threads: int) -> Run:
+def ours(kind: str, path: str, threads: int, compiled: bool = False) -> Run:
     import torch
 
     from llama import checkpoint
-    from llama.generation import lay_out_for_decoding, stream
+    from llama.generation import Context, lay_out_for_decoding, stream
     from llama.sampling import SamplingParams
 
     torch.set_num_threads(threads)
@@ -38,7 +39,7 @@ def ours(kind: str, path: str, threads: int) -> Run:
 
     def run(prompt: list[int], new: int) -> tuple[float, float, list[int]]:
         start = time.perf_counter()
-        tokens = stream(model, prompt, greedy, new)
+        tokens = stream(model, prompt, greedy, new, context=Context(model, compiled))
         ids = [next(tokens)]
         first = time.perf_counter()
         ids += tokens
@@ -85,15 +86,10 @@ def transformers(kind: str, path: str, threads: int) -> Run:
 
 def llama_cpp(kind: str, path: str, threads: int) -> Run:
     """llama.cpp's C interface by llama-cpp-python's bindings: none of the package's own Python per token."""
-    import ctypes
-
     import llama_cpp as lib
     import numpy as np
 
-    @lib.llama_log_callback
-    def silent(level: int, text: bytes, data: Any) -> None: ...
-
-    lib.llama_log_set(silent, ctypes.c_void_p(0))
+    silence(lib)
     lib.llama_backend_init()
     model = lib.llama_model_load_from_file(path.encode(), lib.llama_model_default_params())
     params = lib.llama_context_default_params()
@@ -117,11 +113,34 @@ def llama_cpp(kind: str, path: str, threads: int) -> Run:
             ids.append(step(ids[-1:]))
         return first - start, time.perf_counter() - first, ids
 
-    run.keep = silent  # type: ignore[attr-defined]  # the library calls it as long as it lives
     return run
 
 
-ENGINES = {"ours": ours, "transformers": transformers, "llama.cpp": llama_cpp}
+_kept: list[Any] = []  # what the library calls as long as it lives
+
+
+def silence(lib: Any) -> None:
+    """Keep llama.cpp from writing to stderr what it is doing."""
+
+    @lib.llama_log_callback
+    def silent(level: int, text: bytes, data: Any) -> None: ...
+
+    _kept.append(silent)
+    lib.llama_log_set(silent, ctypes.c_void_p(0))
+
+
+ENGINES = {
+    "ours": ours,
+    "ours compiled": functools.partial(ours, compiled=True),
+    "transformers": transformers,
+    "llama.cpp": llama_cpp,
+}
+
+
+def peak_bytes() -> int:
+    """Most memory that this process held; getrusage's maximum begins with that of the process it was forked from."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
 
 
 def main() -> None:
@@ -133,8 +152,9 @@ def main() -> None:
     for line in sys.stdin:
         command = json.loads(line)
         prefill, decode, ids = run(command["prompt"], command["new"])
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps({"prefill_s": prefill, "decode_s": decode, "ids": ids, "peak_bytes": peak}), flush=True)
+        print(
+            json.dumps({"prefill_s": prefill, "decode_s": decode, "ids": ids, "peak_bytes": peak_bytes()}), flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -15,6 +15,12 @@ from llama.model import Llama
 WARM_UPS = 2  # runs before the capture: what compiles or allocates at first use does it there
 
 
+def can_capture(model: Llama) -> bool:
+    """Whether a step of this model can be a CUDA graph: all of it lies on one GPU, and no hooks act between."""
+    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    return model.embed.weight.is_cuda and not hooked
+
+
 class FixedStep:
     """model(tokens (B, 1)) behind what `cache` holds -> logits (B, 1, V), which the next call overwrites."""
 

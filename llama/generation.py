@@ -1,7 +1,7 @@
 """Prompt ids -> an answer: prefill, decode, stop, stream.
 
 generate.py, evaluation and serving call stream() for ids or Answer for text; many at a time are batching.py's. A
-Context carries the KV cache from one turn of a dialogue to the next. Knows nothing of terminals, files or prompt formats.
+Context carries the KV cache from one turn of a dialogue to the next. Knows nothing of terminals, files or prompts.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from llama import few_rows
 from llama.cache import KVCache
 from llama.chat import ChatFormat, Dialogue, Message, fit, render
+from llama.fixed_step import FixedStep, can_capture
 from llama.model import Llama
 from llama.quantize import QuantisedLinear, Scheme, nearest
 from llama.sampling import Sampler, SamplingParams
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from llama.speculative import Drafter
 
 Result = TypeVar("Result")
+COMPILED_ROOM = 512  # positions of a cache whose steps are compiled, doubled as needed: each size is compiled anew
 CHUNK = 256  # prompt tokens per prefill pass: bounds the memory of activations, long enough to keep a CPU busy
 
 
@@ -68,6 +70,11 @@ class Doctor:
     on_overflow: Literal["drop", "refuse"] = "drop"  # what becomes of a dialogue that outgrows the context
     rank: int = 0
     ranks: int = 1
+    compiled: bool = False  # steps of one token by torch.compile
+
+    def context(self) -> Context:
+        """For a new conversation."""
+        return Context(self.model, self.compiled)
 
     def shared(self, work: Callable[[], Result]) -> Result:
         """What work returns; it runs on rank 0 alone. For all that comes from outside: terminal, files, chance."""
@@ -116,10 +123,15 @@ class Doctor:
 
 
 class Context:
-    """What a model has read in one conversation: the ids and their KV cache, which grows as needed."""
+    """What a model has read in one conversation: the ids and their KV cache, which grows as needed.
 
-    def __init__(self, model: Llama) -> None:
+    Single tokens run as a CUDA graph where that is possible, or compiled where that is asked for.
+    """
+
+    def __init__(self, model: Llama, compiled: bool = False) -> None:
         self.model = model
+        self.compiled = compiled
+        self._step: FixedStep | None = None
         self.ids: list[int] = []
         self.cache: KVCache | None = None
         self.reused = 0  # ids of the latest prompt that did not have to be run
@@ -136,6 +148,8 @@ class Context:
             if a != b:
                 break
             shared += 1
+        if self.compiled:
+            room = min(max(COMPILED_ROOM, 1 << (room - 1).bit_length()), self.model.config.max_seq_len)
         if self.cache is None:
             self.cache = _new_cache(self.model, 1, room)
         elif self.cache.max_len < room:
@@ -144,6 +158,16 @@ class Context:
         self.cache.truncate(shared)
         self.ids, self.reused = list(prompt), shared
         return self.ids[shared:]
+
+    def step(self) -> Callable[[Tensor], Tensor]:
+        """From tokens (1, 1) behind what was read to logits (1, 1, V)."""
+        cache = self.cache
+        assert cache is not None
+        if not (self.compiled or can_capture(self.model)):
+            return lambda tokens: self.model(tokens, cache=cache, last_only=True)
+        if self._step is None or self._step.cache is not cache:
+            self._step = FixedStep(self.model, cache, self.compiled)
+        return self._step
 
 
 def _new_cache(model: Llama, rows: int, room: int) -> KVCache:
@@ -181,13 +205,16 @@ def prefill(model: Llama, tokens: Tensor, cache: KVCache) -> Tensor:
 
 
 @torch.inference_mode()
-def _steps(model: Llama, tokens: Tensor, cache: KVCache, sampler: Sampler) -> Iterator[list[int]]:
-    """Run tokens (B, T), then yield every row's next token for as long as the caller asks."""
-    logits = prefill(model, tokens, cache)
+def _steps(context: Context, tokens: Tensor, sampler: Sampler) -> Iterator[list[int]]:
+    """Run tokens (1, T), then yield the next token for as long as the caller asks."""
+    assert context.cache is not None
+    logits = prefill(context.model, tokens, context.cache)
+    step = None
     while True:
         new = sampler(logits[:, -1])
         yield new.tolist()
-        logits = model(new[:, None], cache=cache, last_only=True)
+        step = step or context.step()  # not for an answer of one token
+        logits = step(new[:, None])
 
 
 def stream(
@@ -213,11 +240,10 @@ def stream(
     context = context or Context(model)
     device = model.embed.weight.device
     new = context.rewind(prompt, len(prompt) + room)
-    assert context.cache is not None
     sampler = Sampler([params], [prompt], device, vocab_size, banned)
     tokens = torch.tensor([new], device=device)
     if drafter is None:
-        steps = _steps(model, tokens, context.cache, sampler)
+        steps = _steps(context, tokens, sampler)
     else:
         steps = drafter.steps(model, tokens, context, sampler, room)
     for _ in range(room):

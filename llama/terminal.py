@@ -17,7 +17,7 @@ from pathlib import Path
 
 import kernels
 from llama.chat import Dialogue, Message
-from llama.generation import Answer, Context, Doctor
+from llama.generation import Answer, Doctor
 from llama.screen import Screen
 
 DISCLAIMER = (
@@ -60,7 +60,7 @@ class Chat:
     def _start(self) -> None:
         self.turns: list[Message] = []  # question and answer in turn
         self.left_out = 0  # of them, oldest questions with their answers that no longer fit into the context
-        self.context = Context(self.doctor.model)
+        self.context = self.doctor.context()
         self.asked: str | None = None
         self.last: Answer | None = None
 
