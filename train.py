@@ -38,11 +38,11 @@ from llama import (
     training_state,
 )
 from llama.arguments import TrainArguments, parse
+from llama.batching import answer_batch
 from llama.changes import WeightSample
 from llama.chat import Dialogue, Message, render
 from llama.command_line import LATEST
 from llama.elastic import Stop
-from llama.batching import answer_batch
 from llama.generation import Request
 from llama.model import Llama
 from llama.optimizer import clipped_step
