@@ -179,11 +179,19 @@ def load_model(
         split(model)
     for module in model.modules():  # what to_empty() does, without its import of sympy (0.5 s)
         for name, p in module.named_parameters(recurse=False):
-            setattr(module, name, torch.nn.Parameter(torch.empty_like(p, dtype=dtype, device=device)))
+            setattr(module, name, torch.nn.Parameter(_allocated(p, dtype, device)))
         for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, torch.empty_like(buffer, device=device))
+            dtype_here = dtype if buffer.is_floating_point() else buffer.dtype
+            setattr(module, name, _allocated(buffer, dtype_here, device))
     _fill(model, path, weights)
     return model
+
+
+def _allocated(t: Tensor, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Memory for what is on meta; for a DTensor, for this rank's part of it."""
+    if hasattr(t, "device_mesh"):
+        return torch.empty_like(t, dtype=dtype, device=device)
+    return torch.empty(t.shape, dtype=dtype, device=device)  # empty_like of a meta tensor imports sympy
 
 
 def stored_dtype(path: str | Path) -> torch.dtype:

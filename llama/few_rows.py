@@ -45,12 +45,9 @@ class SplitLinear(nn.Module):
         out, width = self.weight.shape
         rows = x.numel() // width
         if rows > 1:
-            one = has_onednn()
-            return (
-                torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
-                if one
-                else F.linear(x, self.weight)
-            )
+            if not has_onednn():
+                return F.linear(x, self.weight)
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
         parts = torch.get_num_threads()
         while width % parts:
             parts -= 1

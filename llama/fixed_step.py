@@ -17,8 +17,9 @@ WARM_UPS = 2  # runs before the capture: what compiles or allocates at first use
 
 def can_capture(model: Llama) -> bool:
     """Whether a step of this model can be a CUDA graph: all of it lies on one GPU, and no hooks act between."""
-    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    return model.embed.weight.is_cuda and not hooked
+    if not model.embed.weight.is_cuda:
+        return False
+    return not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 class FixedStep:

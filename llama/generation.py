@@ -1,7 +1,7 @@
 """Prompt ids -> an answer: prefill, decode, stop, stream.
 
 generate.py, evaluation and serving call stream() for ids or Answer for text; many at a time are batching.py's. A
-Context carries the KV cache from one turn of a dialogue to the next. Knows nothing of terminals, files or prompts.
+Context carries the KV cache from one turn of a dialogue to the next. Knows no terminals, files or prompt formats.
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ class Sampler:
         top_ks = [1 if p.greedy else p.top_k for p in params]
         all_few = min(top_ks, default=0) > 0
         self._greedy = all(p.greedy for p in params)
-        self._sorted = all_few or any(p.top_p < 1 for p in params)
+        self._sorted = any(top_ks) or any(p.top_p < 1 for p in params)
         self._n_candidates = max(top_ks) if all_few else None  # None: all
         self._temperature = column([p.temperature or 1.0 for p in params], 1.0)
         self._top_k = column([float(k or 2**31) for k in top_ks], top_ks[0]) if len(set(top_ks)) > 1 else None

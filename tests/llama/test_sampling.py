@@ -219,3 +219,37 @@ def test_a_uniform_draw_of_almost_one_stays_inside(monkeypatch: pytest.MonkeyPat
     logits = torch.full((1, 7), 0.1)
     logits[0, 5:] = -math.inf
     assert int(Sampler([params()], [[]])(logits)) == 4
+
+
+def test_rows_join_and_leave_without_touching_the_others() -> None:
+    """Filters on and off side by side: every row draws what it draws alone."""
+    settings = [
+        SamplingParams(temperature=0.0),
+        SamplingParams(top_k=3, seed=1, repetition_penalty=1.5),
+        SamplingParams(top_k=0, seed=2, top_p=0.8, repetition_penalty=1.0),
+        SamplingParams(top_k=0, seed=3, min_p=0.1, penalize_prompt=True),
+    ]
+    g = torch.Generator().manual_seed(0)
+    steps = [torch.randn(4, 40, generator=g) * 3 for _ in range(12)]
+    alone = []
+    for i, params in enumerate(settings):
+        one = Sampler([params], [[5, 6]], banned=[0, 1])
+        alone.append([int(one(logits[i : i + 1])) for logits in steps])
+    together = Sampler([], [], banned=[0, 1])
+    rows: list[int] = []
+    got: list[list[int]] = [[] for _ in settings]
+    for turn in range(12 + 3 * 3):  # row i joins at turn 3 i and leaves after its twelve draws
+        for i in list(rows):
+            if len(got[i]) == 12:
+                at = rows.index(i)
+                together.leave(at)
+                last = rows.pop()
+                if at < len(rows):
+                    rows[at] = last
+        if turn % 3 == 0 and turn // 3 < 4:
+            together.join(settings[turn // 3], [5, 6])
+            rows.append(turn // 3)
+        new = together(torch.stack([steps[len(got[i])][i] for i in rows])).tolist()
+        for i, token in zip(rows, new, strict=True):
+            got[i].append(token)
+    assert got == alone
