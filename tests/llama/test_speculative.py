@@ -234,6 +234,7 @@ def test_an_answer_counts_its_own_drafts(small_tokenizer: Tokenizer, tiny_config
         "".join(answer.stream(model, drafter=d))
     first, second = (a.to_json() for a in answers)
     assert first["drafted_tokens"] == second["drafted_tokens"] > 0
+    assert answers[0].drafts is not answers[1].drafts
     assert first["accepted_tokens"] == second["accepted_tokens"]
     plain = Answer(request, small_tokenizer)
     "".join(plain.stream(model))
@@ -440,6 +441,9 @@ def test_pace_chooses_what_yields_most_per_second() -> None:
     assert judged(paced(steep), 60, 0).choose(0, 99) in (7, 15)
     assert judged(paced(steep), 0, 60).choose(0, 99) == 0
     assert judged(paced({0: 1.0, 3: 4.5, 7: 9.0, 15: 18.0}), 60, 0).choose(0, 99) == 0
+    # Of guesses that are right half the time, 3 yield 1 + 1/2 + 1/4 + 1/8 ids a pass; MARGIN is what that must win.
+    for seconds, n in ((1.875 / Pace.MARGIN - 0.01, 3), (1.875 / Pace.MARGIN + 0.01, 0)):
+        assert paced({0: 1.0, 3: seconds}).choose(0, 3) == n
 
 
 def test_pace_first_times_a_plain_pass_and_judges_kinds_apart() -> None:
