@@ -165,15 +165,16 @@ def scenes(everyday: bool) -> dict[str, Callable[[], None]]:
             found[f"swiglu {short} 11008"] = partial(swiglu, 11008, dtype)
             found[f"loss {short} 32000"] = partial(loss, 32000, dtype, False)
         for bits in (4, 8):
-            for rows in (1, 16, 512) if dtype == torch.float32 else (1, 16, 64, 512):
+            for rows in (1, 16, 64, 512):
                 for group in (32, 128, 0):
-                    if not everyday or (bf16 and group == 128 and rows != 64):
+                    usual = bf16 and group == 128 and rows != 64
+                    if usual or (not everyday and (bf16 or (group == 128 and rows != 64))):
                         grouped = f"groups of {group}" if group else "a scale a row"
                         found[f"codes {short} {bits} bits, {rows} rows, {grouped}"] = partial(
                             codes, bits, dtype, rows, group
                         )
             for rows in (1, 16):  # so few rows of codes that each is cut, and the parts added
-                if not everyday or (bf16 and bits == 4):
+                if bf16 and (bits == 4 or not everyday):
                     found[f"codes {short} {bits} bits, {rows} rows, split"] = partial(codes, bits, dtype, rows, 128, 24)
         if dtype != torch.float16:
             found[f"adamw split, moments {short}"] = partial(adamw, True, dtype)

@@ -79,7 +79,6 @@ def quantised_vector_kernel(
     BLOCK_C: tl.constexpr,
 ) -> None:
     """BLOCK_N numbers of y, or of a split's sums, which are of `steps` times BLOCK_C chunks of each row."""
-    EACH: tl.constexpr = 32 // BITS  # codes of a word
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     w = tl.arange(0, 4)
     acc = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
@@ -90,7 +89,7 @@ def quantised_vector_kernel(
         at = WORDS + (n[:, None] * chunks + c[None, :])[:, :, None] * 4 + w[None, None, :]
         words = tl.load(at, mask=inside[:, :, None], other=0)
         s = tl.load(SCALES + n[:, None] * groups + (c // group_chunks)[None, :], mask=inside, other=0.0)
-        at = (c[:, None] * 4 + w[None, :])[:, :, None] * EACH + tl.arange(0, EACH)[None, None, :]
+        at = (c[:, None] * 4 + w[None, :])[:, :, None] * (32 // BITS) + tl.arange(0, 32 // BITS)[None, None, :]
         x = tl.load(X + at, mask=(c < chunks)[:, None, None], other=0.0).to(tl.float32)
         p = tl.zeros([BLOCK_N, BLOCK_C, 4], tl.float32)
         if BITS == 4:
@@ -101,24 +100,22 @@ def quantised_vector_kernel(
             x010, x011 = tl.split(x01)
             x100, x101 = tl.split(x10)
             x110, x111 = tl.split(x11)
-            high = words >> 16
             p = _with(p, words, x000, magic, 0, BITS)
             p = _with(p, words, x100, magic, 4, BITS)
             p = _with(p, words, x010, magic, 8, BITS)
             p = _with(p, words, x110, magic, 12, BITS)
             p = _with(p, words, x001, magic, 16, BITS)
-            p = _with(p, high, x101, magic, 4, BITS)
-            p = _with(p, high, x011, magic, 8, BITS)
-            p = _with(p, high, x111, magic, 12, BITS)
+            p = _with(p, words >> 16, x101, magic, 4, BITS)
+            p = _with(p, words >> 16, x011, magic, 8, BITS)
+            p = _with(p, words >> 16, x111, magic, 12, BITS)
         else:
             x0, x1 = tl.split(tl.reshape(x, [BLOCK_C, 4, 2, 2]))
             x00, x01 = tl.split(x0)
             x10, x11 = tl.split(x1)
-            high = words >> 16
             p = _with(p, words, x00, magic, 0, BITS)
             p = _with(p, words, x10, magic, 8, BITS)
-            p = _with(p, high, x01, magic, 0, BITS)
-            p = _with(p, high, x11, magic, 8, BITS)
+            p = _with(p, words >> 16, x01, magic, 0, BITS)
+            p = _with(p, words >> 16, x11, magic, 8, BITS)
         acc += tl.sum(p, 2) * s.to(tl.float32)
     at = tl.program_id(1).to(tl.int64) * out + n
     tl.store(Y + at, tl.sum(acc, 1).to(Y.dtype.element_ty), mask=n < out)
