@@ -361,6 +361,35 @@ def test_a_record_that_outgrows_the_context_loses_its_oldest_turns(generate: Gen
     assert "line 1: the dialogue has outgrown the context of 128 tokens" in err
 
 
+def test_answers_are_written_as_they_end(generate: Generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that dies loses the answers in flight, and goes on with the rest; at the end all are in order."""
+    from llama.batching import Batch
+
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    prompts = ["pain " * n for n in (1, 20, 1, 20, 1, 20)]  # the context ends the answers to the long ones first
+    source.write_text("\n".join(json.dumps({"prompt": p}) for p in prompts))
+    argv = ("--input", str(source), "--output", str(target), "--temperature", "0", "--batch_size", "2")
+    step = Batch.step
+
+    def dies(self: Batch) -> list[Any]:
+        if len(lines_of(target)) >= 3:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(Batch, "step", dies)
+    assert generate(*argv)[0] == 130
+    first = lines_of(target)
+    assert 3 <= len(first) < 6
+    assert first[0]["line"] == 2
+    monkeypatch.setattr(Batch, "step", step)
+    code, _, err = generate(*argv)
+    assert code == 0
+    assert "6 of 6 lines answered, 0 rejected" in err
+    whole = lines_of(target)
+    assert [a["line"] for a in whole] == [1, 2, 3, 4, 5, 6]
+    assert all(a in whole for a in first)
+
+
 def test_somebody_elses_file_is_not_touched(generate: Generate, tmp_path: Path) -> None:
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text(json.dumps(RECORDS[0]))
