@@ -152,13 +152,20 @@ def load_model(
         replace(model.layers, lambda _, linear: empty(linear, scheme, "meta", dtype), scheme.bits)
     if split is not None:
         split(model)
-    for module in model.modules():  # what to_empty() does, without its import of sympy (0.5 s)
+    for module in model.modules():
         for name, p in module.named_parameters(recurse=False):
-            setattr(module, name, torch.nn.Parameter(torch.empty_like(p, dtype=dtype, device=device)))
+            setattr(module, name, torch.nn.Parameter(_memory_of(p, dtype, device)))
         for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, torch.empty_like(buffer, device=device))
+            setattr(module, name, _memory_of(buffer, buffer.dtype, device))
     _fill(model, path, weights)
     return model
+
+
+def _memory_of(tensor: Tensor, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """A tensor like one on meta, with memory; empty_like() of one that is no DTensor would import sympy (0.5 s)."""
+    if hasattr(tensor, "device_mesh"):
+        return torch.empty_like(tensor, dtype=dtype, device=device)
+    return torch.empty(tensor.shape, dtype=dtype, device=device)
 
 
 def stored_dtype(path: str | Path) -> torch.dtype:
