@@ -177,21 +177,20 @@ def load_model(
         replace(model.layers, lambda _, linear: empty(linear, scheme, "meta", dtype), scheme.bits)
     if split is not None:
         split(model)
-    for module in model.modules():  # what to_empty() does, without its import of sympy (0.5 s)
+    for module in model.modules():
         for name, p in module.named_parameters(recurse=False):
-            setattr(module, name, torch.nn.Parameter(_allocated(p, dtype, device)))
+            setattr(module, name, torch.nn.Parameter(_memory_of(p, dtype, device)))
         for name, buffer in module.named_buffers(recurse=False):
-            dtype_here = dtype if buffer.is_floating_point() else buffer.dtype
-            setattr(module, name, _allocated(buffer, dtype_here, device))
+            setattr(module, name, _memory_of(buffer, buffer.dtype, device))
     _fill(model, path, weights)
     return model
 
 
-def _allocated(t: Tensor, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """Memory for what is on meta; for a DTensor, for this rank's part of it."""
-    if hasattr(t, "device_mesh"):
-        return torch.empty_like(t, dtype=dtype, device=device)
-    return torch.empty(t.shape, dtype=dtype, device=device)  # empty_like of a meta tensor imports sympy
+def _memory_of(tensor: Tensor, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """A tensor like one on meta, with memory; empty_like() of one that is no DTensor would import sympy (0.5 s)."""
+    if hasattr(tensor, "device_mesh"):
+        return torch.empty_like(tensor, dtype=dtype, device=device)
+    return torch.empty(tensor.shape, dtype=dtype, device=device)
 
 
 def stored_dtype(path: str | Path) -> torch.dtype:
