@@ -134,7 +134,12 @@ def test_help_tells_the_defaults(capsys: pytest.CaptureFixture[str], monkeypatch
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 80
     joined = " ".join(text.split())
-    for line in ("peak learning rate [5e-05]", "projections that get adapters: q_proj", "[q_proj v_proj]", "110m, 7b"):
+    for line in (
+        "peak learning rate [5e-05]",
+        "projections that get adapters: q_proj",
+        "[q_proj v_proj]",
+        "110m, 1.1b, 7b",
+    ):
         assert line in joined
     assert "those of a run without --data_path are: --chat_format dialogue" in joined
     assert "--learning_rate 0.004" in joined

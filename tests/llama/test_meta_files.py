@@ -120,7 +120,7 @@ def test_every_number_type_and_a_mixture(tmp_path: Path) -> None:
         assert source.dtype(e) == source.read(e).dtype == weights[e.name].dtype
 
 
-@pytest.mark.parametrize("name", [n for n in PRESETS if n not in ("tiny", "15m", "110m")])
+@pytest.mark.parametrize("name", [n for n in PRESETS if n not in ("tiny", "15m", "110m", "1.1b")])
 def test_params_of_the_real_models_come_back(name: str) -> None:
     """And hold only keys that Meta's own ModelArgs of that family has; Llama 2's code breaks on max_seq_len."""
     config = dataclasses.replace(PRESETS[name], tie_embeddings=False)

@@ -320,6 +320,41 @@ def test_decode(
         assert torch.equal(o[b : b + 1], decode.attention(q[b : b + 1], k[b : b + 1], v[b : b + 1], row))
 
 
+@pytest.mark.parametrize(
+    ("B", "T", "S", "length", "H", "G", "K", "dtype"),
+    [
+        (1, 1, 600, 1, 8, 2, 64, F32),
+        (2, 1, 600, 256, 4, 4, 32, F32),  # a part that is full, and two that are empty
+        (1, 3, 600, 257, 4, 1, 64, BF16),
+        (1, 1, 600, 600, 8, 1, 128, F16),
+        (2, 2, 40, 33, 2, 2, 24, F32),
+    ],
+)
+def test_decode_within_a_length_on_the_device(
+    B: int,
+    T: int,
+    S: int,
+    length: int,
+    H: int,
+    G: int,
+    K: int,
+    dtype: torch.dtype,
+    normal: Normal,
+    no_worse: Check,
+    device: torch.device,
+) -> None:
+    """What lies behind the length is not read: it may be NaN."""
+    q, k, v = (normal(B, t, h, K, seed=i, dtype=dtype) for i, (t, h) in enumerate(((T, H), (S, G), (S, G))))
+    there = torch.tensor([length], dtype=torch.int32, device=device)
+    exact = reference.attention(*(t.double() for t in (q, k[:, :length], v[:, :length])))
+    plain = reference.attention_bounded(q, k, v, there)
+    k[:, length:], v[:, length:] = float("nan"), float("nan")
+    o = decode.attention(q, k, v, None, there)
+    no_worse("o", o, plain, exact)
+    assert (plain.double() - exact).abs().max() <= 0.02
+    torch.library.opcheck(decode.attention_decode, (q, k, v, None, there), test_utils="test_schema")
+
+
 def test_decode_takes_few_queries_behind_a_cache(normal: Normal) -> None:
     q, k = normal(1, 8, 8, 16), normal(1, 20, 1, 16)
     assert decode.takes(q, k)
@@ -368,7 +403,7 @@ def test_operators_keep_torch_contracts(packed: bool, normal: Normal, device: to
     o, lse = (t.detach() for t in flash.attention_forward(q, k, v, *documents))
     q, k, v = (t.detach() for t in (q, k, v))
     torch.library.opcheck(flash.attention_backward, (o, q, k, v, o, lse, *documents))
-    torch.library.opcheck(decode.attention_decode, (q[:, 8:], k, v, documents[0]))
+    torch.library.opcheck(decode.attention_decode, (q[:, 8:], k, v, documents[0], None))
 
 
 def test_compiles_without_graph_breaks(normal: Normal, device: torch.device) -> None:
