@@ -71,19 +71,24 @@ def result(name: str) -> list[dict[str, object]]:
     return json.loads((ROOT / "bench/results" / name).read_text())["results"]
 
 
-@pytest.mark.parametrize(
-    ("row", "file", "keys"),
-    [
-        ("decoding, 110M", "decode_cpu.json", [("110m", "float32"), ("110m", "bfloat16")]),
-        ("decoding, 15M", "decode_cpu.json", [("15m", "float32"), ("15m", "bfloat16")]),
-    ],
-)
-def test_decoding_figures_are_measured(row: str, file: str, keys: list[tuple[str, str]]) -> None:
-    line = next(line for line in README.splitlines() if line.startswith(f"| {row}"))
-    measured = [next(r for r in result(file) if (r["shape"], r["dtype"]) == key) for key in keys]
-    speeds = " / ".join(f"{r['ours']['decode_tokens_per_s']:.0f}" for r in measured)  # type: ignore[index]
-    ratios = " / ".join(f"{r['decode_ratio']:.2f}x" for r in measured)
-    assert f"{speeds} tok/s = {ratios} transformers" in line
+@pytest.mark.parametrize("shape", ["15M", "110M", "1.1B"])
+def test_decoding_figures_are_measured(shape: str) -> None:
+    line = next(line for line in README.splitlines() if line.startswith(f"| decoding, {shape} "))
+    measured = [r for r in result("decode_cpu.json") if (r["engine"], r["shape"]) == ("ours", shape.lower())]
+    kinds = " / ".join({"float32": "fp32", "bfloat16": "bf16"}.get(str(r["kind"]), str(r["kind"])) for r in measured)
+    assert line.startswith(f"| decoding, {shape} {kinds} |")
+    speeds = " / ".join(f"{r['decode_tokens_per_s']:.0f}" for r in measured)
+    ratios = [" / ".join(f"{r[f'decode_ratio_to_{p}']:.2f}x" for r in measured) for p in ("transformers", "llama.cpp")]
+    assert f"| {speeds} tok/s = {ratios[0]} transformers, {ratios[1]} llama.cpp |" in line
+
+
+def test_what_rounding_costs_is_measured() -> None:
+    rows = {(r["weights"], r["rounding"], r["group"]): r for r in result("quantised_cpu.json")}
+    figures = [
+        rows[key]["perplexity_ratio"]
+        for key in (("int8", "nearest", 0), ("int4", "naive", 64), ("int4", "compensated", 64))
+    ]
+    assert "perplexity " + " / ".join(f"x{f:.4f}" for f in figures) in README
 
 
 def test_what_guessing_ahead_wins_is_measured() -> None:
