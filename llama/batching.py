@@ -70,6 +70,7 @@ class Batch:
         self._waiting.append(answer)
         return answer
 
+    @torch.inference_mode()
     def cancel(self, answer: Answer) -> None:
         """Break an answer off: its place is free at once. Nothing happens to one that has ended."""
         if answer in self._waiting:
