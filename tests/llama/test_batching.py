@@ -125,6 +125,18 @@ def test_every_token_is_run_once_and_a_long_prompt_lets_the_others_go_on(small_t
     assert sum(counting.run) == sum(len(a.request.prompt) + len(a.token_ids) - 1 for a in answers)
 
 
+def test_a_cancelled_row_makes_room_at_once(model: Llama, small_tokenizer: Tokenizer) -> None:
+    """Also when others have to move into its place, outside a step."""
+    batch = Batch(model, small_tokenizer, 2)
+    answers = [batch.submit(Request(ids(9 + i, i), GREEDY, 8)) for i in range(3)]
+    batch.step()
+    batch.cancel(answers[0])
+    assert [event.answer for event in batch.step()] == answers[1:]
+    while batch:
+        batch.step()
+    assert all(same(a, alone(model, small_tokenizer, a.request)) for a in answers[1:])
+
+
 # --- any order of events ---
 
 
