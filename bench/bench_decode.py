@@ -133,7 +133,7 @@ def bench_shape(shape: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         save(path, shape, args.kinds)
         engines = [("ours", k, path / ("float" if k in FLOATS else k)) for k in args.kinds]
         if args.compiled:
-            engines += [("ours compiled", k, where) for _, k, where in engines]
+            engines += [("ours compiled", k, where) for _, k, where in engines if k != "bfloat16"]
         engines += [("transformers", k, path / "float") for k in args.kinds if k in FLOATS]
         if importlib.util.find_spec("llama_cpp"):
             save_gguf(path, args.kinds)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llama.cache import FixedCache, KVCache
+from llama.few_rows import PackedLinear
 from llama.model import Llama
 
 WARM_UPS = 2  # runs before the capture: what compiles or allocates at first use does it there
@@ -28,8 +29,10 @@ class FixedStep:
     def __init__(self, model: Llama, cache: KVCache, compiled: bool = False) -> None:
         """compiled: by torch.compile, on any device; else a CUDA graph, or on a CPU the plain step, for tests.
 
-        ValueError where the cache is full.
+        ValueError where the cache is full, or the weights do not compile.
         """
+        if compiled and any(isinstance(m, PackedLinear) for m in model.modules()):
+            raise ValueError("--compile: bf16 weights in oneDNN's order do not compile; give float32, int8 or int4")
         self.cache = cache
         self._check_room()
         self._model, self._fixed = model, FixedCache(cache)
