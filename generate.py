@@ -81,7 +81,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     add("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1, ...")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: as the weights are stored")
-    add("--compile", action="store_true", help="compile single steps by torch.compile: half a minute at first use")
+    add("--compile", action="store_true", help="single steps by torch.compile, 10-20 s at first use; slower on 2 cores")
     add("--kernels", default="auto", metavar="K", help="auto (our Triton kernels on a GPU), triton, torch, ...")
     add(
         "--verbose",
