@@ -107,6 +107,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         args.offload = int(args.offload)
     if args.compile and (args.input is not None or LAUNCHED or args.offload):
         p.error("--compile is for one answer at a time on one device: not with --input, --offload or torchrun")
+    if LAUNCHED and (args.speculate == "lookup" or args.draft is not None):
+        p.error("--speculate and --draft go by the clock, which the ranks of torchrun do not share: leave them out")
     if LAUNCHED and (args.offload or args.adapter):
         p.error(
             "under torchrun there is no "
