@@ -25,12 +25,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch
-from bench_decode import hugging_face
 from report import RESULTS, write
 
-from llama import quantize
+from llama import layout, quantize
 from llama.batching import Batch
-from llama.config import PRESETS
+from llama.config import PRESETS, LlamaConfig, to_hf
 from llama.generation import Answer, Request, lay_out_for_decoding
 from llama.model import Llama
 from llama.quantize import Scheme
@@ -40,6 +39,19 @@ from llama.tokenizer import StreamDecoder
 GREEDY = SamplingParams(temperature=0.0, repetition_penalty=1.0)
 CHATDOCTOR = SamplingParams(seed=0)
 EOS = 2
+
+
+def hugging_face(config: LlamaConfig, model: Llama, dtype: torch.dtype) -> Any:
+    """transformers' model with our weights."""
+    from transformers import LlamaConfig as HFConfig
+    from transformers import LlamaForCausalLM
+
+    hf = LlamaForCausalLM(HFConfig(**to_hf(config), pad_token_id=0)).to(dtype).eval()
+    tensors = model.state_dict()
+    hf.load_state_dict({e.hf: tensors[e.name] for e in layout.entries(config)}, strict=not config.tie_embeddings)
+    hf.tie_weights()
+    hf.generation_config.eos_token_id = None
+    return hf
 
 
 class Pieces:

@@ -82,6 +82,12 @@ def test_decoding_figures_are_measured(shape: str) -> None:
     assert f"| {speeds} tok/s = {ratios[0]} transformers, {ratios[1]} llama.cpp |" in line
 
 
+def test_batches_are_measured() -> None:
+    rows = [r for r in result("batch_cpu.json") if r["shape"] == "15m" and r["dtype"] in ("float32", "bfloat16")]
+    alone, theirs = (" / ".join(f"{r[key]:.2f}x" for r in rows) for key in ("times_alone", "times_transformers"))
+    assert f"| {alone} one at a time, {theirs} transformers' batches |" in README
+
+
 def test_what_rounding_costs_is_measured() -> None:
     rows = {(r["weights"], r["rounding"], r["group"]): r for r in result("quantised_cpu.json")}
     figures = [
