@@ -401,16 +401,15 @@ def lay_out_for_decoding(model: Llama) -> None:
     that can be measured. On a CPU everything between two products is fp32 (few_rows.py).
     """
     weight = model.embed.weight
-    head = model.head if hasattr(model, "head") else few_rows.linear(weight)
+    if model.config.tie_embeddings:
+        model.head = few_rows.linear(weight)
     if any(isinstance(m, QuantisedLinear) for m in model.modules()):
-        head = QuantisedLinear(nearest(head.weight, Scheme(8, 0)), 8)
+        model.head = QuantisedLinear(nearest(model.head.weight, Scheme(8, 0)), 8)
     for layer in model.layers:
         few_rows.join(layer.attn, ("q", "k", "v"))
         few_rows.join(layer.mlp, ("gate", "up"))
     few_rows.lay_out(model)
-    if quicker := few_rows.faster([head]):
-        model.head = quicker
-        if isinstance(quicker, few_rows.SplitLinear) and model.config.tie_embeddings:
-            model.embed.weight = quicker.weight
+    if isinstance(model.head, few_rows.SplitLinear) and model.config.tie_embeddings:
+        model.embed.weight = model.head.weight
     if weight.device.type == "cpu" and weight.dtype in few_rows.NARROW:
         model.embed = few_rows.FloatEmbedding(weight)

@@ -136,6 +136,20 @@ def test_a_model_laid_out_gives_the_same_logits(dtype: torch.dtype, tied: bool) 
     assert (after - exact).abs().max() <= 2 * (before - exact).abs().max() + 1e-5
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_weight_is_laid_out_once(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[int, ...]] = []
+    right = few_rows.SplitLinear.__init__
+
+    def counted(self: few_rows.SplitLinear, weight: torch.Tensor) -> None:
+        made.append(tuple(weight.shape))
+        right(self, weight)
+
+    monkeypatch.setattr(few_rows.SplitLinear, "__init__", counted)
+    lay_out_for_decoding(Llama(LlamaConfig(32, 1, 4, 2, 48, 100, tie_embeddings=tied)))
+    assert sorted(made) == [(32, 32), (32, 48), (64, 32), (96, 32), (100, 32)]
+
+
 def copied(model: Llama) -> Llama:
     other = Llama(model.config)
     other.load_state_dict(model.state_dict())
