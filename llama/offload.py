@@ -42,7 +42,7 @@ def offload(model: nn.Module, blocks: Sequence[nn.Module], device: torch.device 
     there = {module for block in travelling for module in block.modules()}
     for module in model.modules():
         if module not in there:
-            for name, tensor in _tensors(module):
+            for name, tensor in own_tensors(module):
                 _put(module, name, _like(tensor, tensor.to(device)))
     return Ferry(travelling, torch.device(device))
 
@@ -56,7 +56,7 @@ class Ferry:
         self.loads = 0
         self._device = device
         self._stream = torch.cuda.Stream(device) if on_gpu else None
-        self._places = [[(m, name) for m in block.modules() for name, _ in _tensors(m)] for block in blocks]
+        self._places = [[(m, name) for m in block.modules() for name, _ in own_tensors(m)] for block in blocks]
         self._homes: list[list[Tensor]] = []
         for places in self._places:
             tensors = [getattr(module, name) for module, name in places]
@@ -98,7 +98,7 @@ class Ferry:
             _put(module, name, tensor)
 
 
-def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+def own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     """A module's own parameters and buffers."""
     return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
 

@@ -33,6 +33,7 @@ from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 from llama import checkpoint, few_rows, parallel
 from llama.config import LlamaConfig
 from llama.model import Llama
+from llama.offload import own_tensors
 from llama.parallel import World
 from llama.quantize import Scheme
 from llama.together import together
@@ -49,7 +50,7 @@ class Slices(ParallelStyle):
         self.dim = dim
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        for name, tensor in _tensors(module):
+        for name, tensor in own_tensors(module):
             # One scale for a whole row is every slice's.
             where = Replicate() if tensor.shape[self.dim] == 1 else Shard(self.dim)
             _set(module, name, distribute_tensor(tensor, device_mesh, [where], src_data_rank=None))
@@ -135,7 +136,7 @@ def split(model: Llama, mesh: DeviceMesh) -> None:
 def keep_local(model: Llama, ranks: int) -> None:
     """Put every DTensor's local part in its place; a tied head becomes a module of its own, over the same slice."""
     for module in model.modules():
-        for name, tensor in _tensors(module):
+        for name, tensor in own_tensors(module):
             if isinstance(tensor, DTensor):
                 _set(module, name, tensor.to_local())
     if model.config.tie_embeddings:
@@ -174,11 +175,6 @@ def join(model: Llama, rank: int, ranks: int) -> None:
         layer.mlp.register_forward_hook(add_up)
     model.head.register_forward_pre_hook(narrow)
     model.head.register_forward_hook(agree)
-
-
-def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """A module's own parameters and buffers."""
-    return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
 
 
 def _set(module: nn.Module, name: str, tensor: Tensor) -> None:
