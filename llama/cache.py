@@ -17,7 +17,8 @@ SLACK = 64  # positions that a RaggedCache can go on, at least, before what live
 class KVCache:
     """Preallocated keys and values of B rows and at most max_len positions, for every layer.
 
-    Stored as (L, B, G, S, K), so that one head's positions lie together; handed out as (B, S, G, K) views.
+    Stored as (L, B, 2G, S, K), keys in the first G and values in the last, so that one head's positions lie together;
+    handed out as (B, S, G, K) views.
     """
 
     def __init__(
@@ -28,9 +29,8 @@ class KVCache:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        shape = (config.n_layers, batch, config.n_kv_heads // config.ranks, max_len, config.head_dim)
-        self._k = torch.zeros(shape, device=device, dtype=dtype)
-        self._v = torch.zeros(shape, device=device, dtype=dtype)
+        shape = (config.n_layers, batch, 2 * (config.n_kv_heads // config.ranks), max_len, config.head_dim)
+        self._kv = torch.zeros(shape, device=device, dtype=dtype)
         self.batch = batch
         self.max_len = max_len
         self.length = 0  # positions filled, the same in every row
@@ -46,10 +46,10 @@ class KVCache:
         end = self.length + T
         if end > self.max_len:
             raise ValueError(f"the KV cache holds {self.max_len} positions; {end} are needed")
-        B = self.batch
-        self._k[layer, :B, :, self.length : end] = k.transpose(1, 2)
-        self._v[layer, :B, :, self.length : end] = v.transpose(1, 2)
-        return self._k[layer, :B, :, :end].transpose(1, 2), self._v[layer, :B, :, :end].transpose(1, 2), None
+        keys, values = self._kv[layer, : self.batch, :, :end].transpose(1, 2).chunk(2, 2)
+        keys[:, self.length :] = k
+        values[:, self.length :] = v
+        return keys, values, None
 
     def advance(self, T: int) -> None:
         """Count T appended positions as filled."""
@@ -62,19 +62,17 @@ class KVCache:
 
     def grown(self, max_len: int) -> KVCache:
         """A cache of max_len positions that holds what this one does."""
-        L, B, G, _, K = self._k.shape
+        L, B, heads, _, K = self._kv.shape
         other = object.__new__(KVCache)
         other.batch, other.max_len, other.length, other.first = self.batch, max_len, self.length, self.first
         other.place = None
-        other._k, other._v = self._k.new_zeros(L, B, G, max_len, K), self._v.new_zeros(L, B, G, max_len, K)
-        other._k[:, :, :, : self.length] = self._k[:, :, :, : self.length]
-        other._v[:, :, :, : self.length] = self._v[:, :, :, : self.length]
+        other._kv = self._kv.new_zeros(L, B, heads, max_len, K)
+        other._kv[:, :, :, : self.length] = self._kv[:, :, :, : self.length]
         return other
 
     def keep(self, at: int, n: int) -> None:
         """Forget all but the n positions from `at` on, which become the first."""
-        for t in (self._k, self._v):
-            t[:, :, :, :n] = t[:, :, :, at : at + n].clone()
+        self._kv[:, :, :, :n] = self._kv[:, :, :, at : at + n].clone()
         self.length = n
 
     def starts(self, T: int) -> Tensor | None:
@@ -95,17 +93,17 @@ class FixedCache(KVCache):
     """
 
     def __init__(self, cache: KVCache) -> None:
-        self._k, self._v = cache._k, cache._v
+        self._kv = cache._kv
         self.batch, self.max_len, self.length, self.first = cache.batch, cache.max_len, 0, None
-        self.place = torch.zeros(1, dtype=torch.int64, device=cache._k.device)
+        self.place = torch.zeros(1, dtype=torch.int64, device=cache._kv.device)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Write k, v (B, 1, G, K) at the place; the storage (B, max_len, G, K), and how much counts, int32 (1,)."""
         assert self.place is not None
-        keys, values = self._k[layer], self._v[layer]
-        keys.index_copy_(2, self.place, k.transpose(1, 2).to(keys.dtype))
-        values.index_copy_(2, self.place, v.transpose(1, 2).to(values.dtype))
-        return keys.transpose(1, 2), values.transpose(1, 2), (self.place + 1).int()
+        keys, values = self._kv[layer].transpose(1, 2).chunk(2, 2)
+        keys.index_copy_(1, self.place, k.to(keys.dtype))
+        values.index_copy_(1, self.place, v.to(values.dtype))
+        return keys, values, (self.place + 1).int()
 
     def advance(self, T: int) -> None:
         """The place is set from outside."""
@@ -133,8 +131,7 @@ class RaggedCache(KVCache):
         assert self.batch < self.rows, "every row is taken"
         self._make_room(self.batch + 1, n, 0)
         begin = self.length - n
-        for mine, theirs in ((self._k, source._k), (self._v, source._v)):
-            mine[:, self.batch, :, begin : self.length] = theirs[:, 0, :, at : at + n]
+        self._kv[:, self.batch, :, begin : self.length] = source._kv[:, 0, :, at : at + n]
         self._begins.append(begin)
         self._note()
 
@@ -142,8 +139,7 @@ class RaggedCache(KVCache):
         """Forget a row; the last one takes its place."""
         begin = self._begins.pop()
         if row < len(self._begins):
-            for t in (self._k, self._v):
-                t[:, row, :, begin : self.length] = t[:, len(self._begins), :, begin : self.length]
+            self._kv[:, row, :, begin : self.length] = self._kv[:, len(self._begins), :, begin : self.length]
             self._begins[row] = begin
         self._note()
 
@@ -153,11 +149,12 @@ class RaggedCache(KVCache):
 
     def _note(self) -> None:
         self.batch = len(self._begins)
-        self.first = torch.tensor(self._begins, dtype=torch.int32, device=self._k.device)
+        self.first = torch.tensor(self._begins, dtype=torch.int32, device=self._kv.device)
 
     def _make_room(self, rows: int, span: int, T: int) -> None:
         """Place for so many rows, for a row of `span` positions before the end, and for T positions behind it."""
-        L, held, G, width, K = self._k.shape
+        source = self._kv
+        L, held, heads, width, K = source.shape
         if rows <= held and span <= self.length and self.length + T <= width:
             return
         live = self.length - min(self._begins, default=self.length)
@@ -167,14 +164,12 @@ class RaggedCache(KVCache):
         if not end + T + SLACK // 2 <= width <= 3 * (end + T) + SLACK:
             width = end + T + max(SLACK, (end + T) // 2)
         old, new = slice(self.length - live, self.length), slice(end - live, end)
-        for name in ("_k", "_v"):
-            source = getattr(self, name)
-            same = source.shape[1] == held and self.max_len == width
-            target = source if same else source.new_zeros(L, held, G, width, K)
-            for layer in range(L if live else 0):  # a layer at a time: in one storage, old and new place overlap
-                part = source[layer, : self.batch, :, old]
-                target[layer, : self.batch, :, new] = part.clone() if same else part
-            setattr(self, name, target)
+        same = source.shape[1] == held and self.max_len == width
+        target = source if same else source.new_zeros(L, held, heads, width, K)
+        for layer in range(L if live else 0):  # a layer at a time: in one storage, old and new place overlap
+            part = source[layer, : self.batch, :, old]
+            target[layer, : self.batch, :, new] = part.clone() if same else part
+        self._kv = target
         self._begins = [begin + end - self.length for begin in self._begins]
         self.length, self.max_len = end, width
         self._note()

@@ -32,7 +32,7 @@ def answers(model: Llama) -> dict[str, Any]:
     with torch.inference_mode():
         logits = model(torch.tensor([PROMPT]))[0, -1].float().tolist()
     assert context.cache is not None
-    return {"ids": ids, "logits": logits, "cache_heads": context.cache._k.shape[2]}
+    return {"ids": ids, "logits": logits, "cache_heads": context.cache._kv.shape[2] // 2}
 
 
 def main() -> None:

@@ -221,10 +221,9 @@ def test_ragged_rows_keep_what_was_put_in_and_memory_follows_them(data: st.DataO
         if action == "join" and len(held) < 6:
             n = data.draw(st.integers(0, 90))
             source = KVCache(config, 1, 100)
-            source._k.normal_()
-            source._v.normal_()
+            source._kv.normal_()
             cache.join(source, 3, n)
-            held.append((source._k[:, 0, :, 3 : 3 + n], source._v[:, 0, :, 3 : 3 + n]))
+            held.append(source._kv[:, 0, :, 3 : 3 + n])
         elif action == "leave" and held:
             row = data.draw(st.integers(0, len(held) - 1))
             cache.leave(row)
@@ -234,19 +233,16 @@ def test_ragged_rows_keep_what_was_put_in_and_memory_follows_them(data: st.DataO
         elif action == "step" and held:
             T = data.draw(st.integers(1, 70))
             cache.reserve(T)
-            new = torch.randn(2, 2, len(held), T, 1, 4)
+            new = torch.randn(2, len(held), 2, T, 4)
             for layer in range(2):
-                cache.append(layer, new[0, layer], new[1, layer])
+                k, v = new[layer].transpose(1, 2).chunk(2, 2)
+                cache.append(layer, k, v)
             cache.advance(T)
-            held = [
-                tuple(torch.cat((old, fresh[:, i].transpose(1, 2)), 2) for old, fresh in zip(row, new, strict=True))
-                for i, row in enumerate(held)
-            ]
+            held = [torch.cat((row, new[:, i]), 2) for i, row in enumerate(held)]
         assert cache.batch == len(held)
-        for i, (k, v) in enumerate(held):
+        for i, kv in enumerate(held):
             begin = int(cache.first[i])
-            assert torch.equal(cache._k[:, i, :, begin : cache.length], k)
-            assert torch.equal(cache._v[:, i, :, begin : cache.length], v)
+            assert torch.equal(cache._kv[:, i, :, begin : cache.length], kv)
 
 
 def test_memory_shrinks_when_a_long_row_has_left() -> None:
@@ -264,4 +260,4 @@ def test_memory_shrinks_when_a_long_row_has_left() -> None:
     cache.leave(0)
     for row in [20] * 5:
         cache.join(KVCache(config, 1, row), 0, row)
-    assert cache._k.shape[1] <= 32
+    assert cache._kv.shape[1] <= 32

@@ -45,7 +45,7 @@ def test_steps_are_those_of_the_model(device: str, rows: int, heads: int, prompt
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-4)
     assert fixed.length == plain.length == prompt + 20
     for layer in range(2):
-        torch.testing.assert_close(fixed._k[layer][:, :, : fixed.length], plain._k[layer][:, :, : plain.length])
+        torch.testing.assert_close(fixed._kv[layer][:, :, : fixed.length], plain._kv[layer][:, :, : plain.length])
 
 
 @torch.inference_mode()
@@ -68,7 +68,7 @@ def test_what_lies_behind_the_length_is_not_seen() -> None:
     model = random_model("cpu")
     cache = cache_of(model, 1, 40)
     model(torch.arange(10)[None], cache=cache)
-    cache._k[:, :, :, 10:], cache._v[:, :, :, 10:] = 1e4, 1e4
+    cache._kv[:, :, :, 10:] = 1e4
     torch.testing.assert_close(
         FixedStep(model, cache)(torch.tensor([[3]])),
         model(torch.tensor([[*range(10), 3]]))[:, -1:],
@@ -84,11 +84,11 @@ def test_a_full_cache_is_refused_and_left_alone() -> None:
         model(torch.arange(3)[None], cache=cache)
         step = FixedStep(model, cache)
         step(torch.tensor([[3]]))
-        before = cache._k.clone()
+        before = cache._kv.clone()
         for attempt in (lambda: step(torch.tensor([[3]])), lambda: FixedStep(model, cache)):
             with pytest.raises(ValueError, match="holds 4 positions; 5 are needed"):
                 attempt()
-    assert torch.equal(cache._k, before)
+    assert torch.equal(cache._kv, before)
 
 
 @torch.inference_mode()
