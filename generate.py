@@ -25,6 +25,7 @@ from llama.command_line import LATEST, Parser
 from llama.screen import Screen, show
 
 if TYPE_CHECKING:  # torch takes seconds to import: --help and wrong flags must not wait for it
+    from llama.attendant import Attendant
     from llama.generation import Answer, Doctor
     from llama.sampling import SamplingParams
     from llama.speculative import Drafter
@@ -79,6 +80,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="keep N of the model's blocks in the CPU's memory and have them travel to the GPU for every token; "
         "without N: as few as must",
     )
+    add(
+        "--triage",
+        choices=["on", "off"],
+        default="on",
+        help="say at once, before any model answers, what the rules in data/rules/ find urgent (on); not with --raw",
+    )
+    add(
+        "--patient",
+        metavar="CARD.json",
+        help="age, sex, pregnancy, allergies, conditions, medications of who asks; /patient edits it in the chat",
+    )
     add("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1, ...")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: as the weights are stored")
     add("--compile", action="store_true", help="single steps by torch.compile, 10-20 s at first use; slower on 2 cores")
@@ -95,6 +107,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         p.error("--input and --output need each other")
     if args.prompt is None and args.input is None and (args.raw or args.json):
         p.error(f"{'--raw' if args.raw else '--json'} needs --prompt or --input")
+    if args.raw and args.patient is not None:
+        p.error("--raw passes the text as it is: without it --patient has a place")
     if args.speculate and args.draft is not None:
         p.error("--speculate and --draft exclude each other")
     if args.input is not None and (args.speculate == "lookup" or args.draft is not None):
@@ -164,6 +178,7 @@ def load(args: argparse.Namespace) -> Doctor:
         ranks=ranks,
         compiled=args.compile,
     )
+    doctor = dataclasses.replace(doctor, attendants=() if args.raw else _attendants(doctor, args))
     if ranks > 1 and args.seed is None:  # all must draw the same
         seed = doctor.shared(lambda: secrets.randbits(62))
         doctor = dataclasses.replace(doctor, params=dataclasses.replace(params, seed=seed))
@@ -177,6 +192,26 @@ def load(args: argparse.Namespace) -> Doctor:
     if args.verbose or args.kernels != "auto" or device != "cpu":  # on a CPU there is nothing to choose from
         print(kernels.describe(device), file=sys.stderr)
     return doctor
+
+
+def _attendants(doctor: Doctor, args: argparse.Namespace) -> tuple[Attendant, ...]:
+    """Who stands beside the model, as the flags ask. Rank 0's are asked, so they alone read files."""
+    found: list[Attendant] = []
+
+    def begin() -> None:
+        from data.patient import Patient
+        from data.person import Person
+        from data.triage import Triage
+
+        patient = None
+        if args.patient is not None:
+            patient = Patient(Path(args.patient).expanduser(), begin=args.prompt is None and args.input is None)
+            found.append(patient)
+        if args.triage == "on":
+            found.insert(0, Triage(patient.person if patient else Person))
+
+    doctor.shared(begin)
+    return tuple(found)
 
 
 def _drafter(args: argparse.Namespace, tokenizer: Tokenizer, device: str) -> Drafter | None:

@@ -8,21 +8,21 @@ from __future__ import annotations
 import re
 
 _TEMPERATURE = re.compile(
-    r"\b(?:(temperature|temp|fever|t)\b[^.\d\n]{0,25}?)?\b(\d{2,3}(?:\.\d+)?)\s*(?:°|º|degrees?)?\s*(c|f|celsius|fahrenheit|centigrade)?\b"
+    r"\b(?:(temperature|temp|fever|t)\b[^.\d]{0,25}?)?\b(\d{2,3}(?:\.\d+)?)\s*(?:°|º|degrees?)?\s*(c|f|celsius|fahrenheit|centigrade)?\b"
 )
 _PRESSURE = re.compile(r"\b(\d{2,3})\s*(?:/|over)\s*(\d{2,3})\b")
 _NUMBERS = (
     # what it is called, at least, word for that, at most, word for that
-    (re.compile(r"\b(?:spo2|o2|oxygen|saturation|sats?)\b[^.\d\n]{0,30}?(\d{2,3})\s*%?"), None, "", 91, "lowoxygen"),
-    (re.compile(r"\b(?:heart rate|pulse|hr)\b[^.\d\n]{0,20}?(\d{2,3})\b"), 130, "fastpulse", 39, "slowpulse"),
+    (re.compile(r"\b(?:spo2|o2|oxygen|saturation|sats?)\b[^.\d]{0,30}?(\d{2,3})\s*%?"), None, "", 92, "lowoxygen"),
+    (re.compile(r"\b(?:heart rate|pulse|hr)\b[^.\d]{0,20}?(\d{2,3})\b"), 130, "fastpulse", 39, "slowpulse"),
     (
-        re.compile(r"\b(?:blood sugar|glucose|sugar)\b[^.\d\n]{0,20}?(\d{2,4})\b(?!\.)"),
+        re.compile(r"\b(?:blood sugar|glucose|sugar)\b[^.\d]{0,20}?(\d{2,4})\b(?!\.)"),
         400,
         "highsugar",
         54,
         "lowsugar",
     ),
-    (re.compile(r"\b(?:respiratory rate|breathing rate|rr)\b[^.\d\n]{0,20}?(\d{2})\b"), 30, "fastbreathing", None, ""),
+    (re.compile(r"\b(?:respiratory rate|breathing rate|rr)\b[^.\d]{0,20}?(\d{2})\b"), 30, "fastbreathing", None, ""),
 )
 
 
@@ -45,8 +45,9 @@ def _temperature(m: re.Match[str]) -> str:
     celsius = value if unit[:1] == "c" or (not unit and value < 50) else (value - 32) / 1.8
     if not (named or unit or "°" in m[0] or "degree" in m[0]) or not 30 <= celsius <= 44:
         return m[0]
-    head = "" if celsius < 37.9 else m[0]
-    return f"{head} {'highfever' if celsius >= 40 else 'fever' if celsius >= 37.9 else 'coldbody' if celsius < 35 else ''} "
+    if celsius < 37.9:
+        return "coldbody" if celsius < 35 else ""
+    return f"{m[0]} {'highfever' if celsius >= 40 else 'fever'} "
 
 
 def _pressure(m: re.Match[str]) -> str:

@@ -14,81 +14,93 @@ from dataclasses import dataclass, field
 
 from data.measurements import measured
 
-GAP = 3  # words that ".." stands for at most
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+GAP = 4  # words that ".." stands for at most
 
 # Left out of texts and phrases before they are compared.
-_FILLERS = frozenset("a an the my his her your our their its this that these those very really quite so some".split())
+_FILLERS = _words("a an the my his her your our their its this that these those very really quite so some")
 
-_DENY = frozenset(
+_DENY = _words(
     "no not without denies deny denied denying never neither nor none isnt arent wasnt werent dont doesnt didnt hasnt "
-    "havent hadnt absent negative".split()
+    "havent hadnt absent negative"
 )
 # Not denials, though they hold a word of denial: "no relief", "not only", "has not gone away".
-_NO_DENIAL = frozenset(
+_NO_DENIAL = _words(
     "relief better improvement improving improve sure only just doubt idea change changed helping help helped matter "
-    "certain know think stop stopping stopped going gone go able responding settle settling working longer".split()
+    "certain know think stop stopping stopped going gone go able responding settle settling working longer"
 )
 # "not" and its kin deny a whole list only with these ("do not have fever, cough or pain"), else the next words.
-_HAVE = frozenset(
+_HAVE = _words(
     "have had has any feel feeling felt report experience experienced notice noticed complain having got seem suffer "
-    "suffering show with".split()
+    "suffering show with"
 )
-_LISTING = frozenset("no without denies deny denied denying neither nor none negative".split())
+_LISTING = _words("no without denies deny denied denying neither nor none negative")
 # What begins something new after a comma or "and": a subject, a verb, a stress.
-_AFRESH = frozenset(
+_AFRESH = _words(
     "i im ive id he hes she shes we they it its there is are am was were has have had started began feels feel hurts "
     "hurt got gets developed noticed woke became becomes keeps now presents complains reports says can cant cannot "
-    "seems looks severe sudden suddenly terrible horrible worst excruciating".split()
+    "seems looks severe sudden suddenly terrible horrible worst excruciating"
 )
+# A clause that is about the past or about someone else, unless something in it is of now.
 _PAST = re.compile(
     r"\b(?:last year|years? ago|decades? ago|months ago|in (?:19|20)\d\d|in the past|as a (?:child|kid|teenager|baby)|"
     r"when (?:i|he|she) was (?:a |young|little|\d)|in childhood|used to|previously|long ago|once had|already treated|"
     r"recovered from|fully recovered)\b"
 )
-_PAST_FORWARD = re.compile(
-    r"(?<!day )(?<!days )(?<!week )(?<!weeks )(?<!hour )(?<!hours )(?<!month )(?<!months )\bhistory (?:of|includes|is significant for)\b"
-    r"|\bdiagnosed (?:with|as)\b|\b(?:previous|prior|past)\b"
+_RELATIVE = re.compile(
+    r"\b(?:(?:father|mother|dad|mum|mom|brother|sister|uncle|aunt|grand\w+|cousin|friend|neighbou?r|colleague|coworker|"
+    r"boss|teacher|actor|singer)s?\b.*\b(?:had|died|suffered|passed|survived|committed|lost)|"
+    r"family history|in (?:my|the|our) family|runs in)\b"
 )
 _NOW = re.compile(
     r"\b(?:now|today|tonight|still|again|currently|this (?:morning|afternoon|evening|week)|just|suddenly|minutes?|"
     r"hours?|right away|keeps|worse|worsening|since then|at the moment|right this|yesterday|presents|presenting)\b"
 )
-_RELATIVE = re.compile(
-    r"\b(?:(?:father|mother|dad|mum|mom|brother|sister|uncle|aunt|grand\w+|cousin|friend|neighbou?r|colleague|coworker|"
-    r"boss|husband|wife|partner|teacher|actor|singer)s?\b.*\b(?:had|died|suffered|passed|survived|committed|lost)|"
-    r"family history|in (?:my|the|our) family|runs in)\b"
-)
+# A question about no one in particular.
 _ASKS = re.compile(
-    r"^(?:(?:doctor|dr|hi|hello|please|so|and|also|can you|could you)\b[ ,]*)*(?:what|how|why|which|when|where|who|tell|"
-    r"explain|describe|define|is|are|can|could|does|do|should|would|will)\b"
+    r"^(?:(?:doctor|dr|hi|hello|please|so|and|also|can you|could you)\b[ ,]*)*(?:what|how|why|which|when|where|who|"
+    r"tell|explain|describe|define|is|are|can|could|does|do|should|would|will)\b"
 )
 _SOMEONE = re.compile(
     r"\b(?:i|im|ive|id|my|me|mine|he|hes|him|his|she|shes|her|we|our|us|son|daughter|baby|wife|husband|child|patient)\b"
 )
-_SUPPOSE = re.compile(
-    r"\bif (?:i|he|she|we)(?: ever| should)? (?:get|got|had|have|has|were|develop|take|took)\b|\bif (?:someone|somebody|"
-    r"anyone|you|one|a person|people)\b|\bwhat if\b|\bin case (?:of|i|he|she)\b|\b(?:afraid|scared|fear|risks?|chances?|"
-    r"danger|dangers) of\b|\b(?:prevent|prevents|preventing|prevention|avoid|avoiding|screened|screening|vaccine|"
+# What comes behind these is past or only supposed, up to the clause's end ...
+_FORWARD = re.compile(
+    r"(?<!day )(?<!days )(?<!week )(?<!weeks )(?<!hour )(?<!hours )(?<!month )(?<!months )\bhistory "
+    r"(?:of|includes|is significant for)\b|\bdiagnosed (?:with|as)\b|\b(?:previous|prior|past)\b|"
+    r"\bif (?:i|he|she|we)(?: ever| should)? (?:get|got|had|have|has|were|develop|take|took)\b|"
+    r"\bif (?:someone|somebody|anyone|you|one|a person|people)\b|\bwhat if\b|\bin case (?:of|i|he|she)\b|"
+    r"\b(?:afraid|scared|fear|"
+    r"risks?|chances?|dangers?) of\b|\b(?:prevent|prevents|preventing|prevention|avoid|avoiding|screened|screening|vaccine|"
     r"vaccinated|vaccination|insurance)\b|\b(?:read|book|article|film|movie|exam|essay|homework|lecture|course|"
-    r"dream|dreamt|dreamed|documentary|programme)\b(?: \w+)? ?(?:about|on|of)\b|\bdifference between\b|\brather than\b|"
-    r"\b(?:ruled|rule|ruling) out\b|\b(?:worried|worry|anxious) about (?:getting|having|ever)\b"
+    r"dream|dreamt|dreamed|documentary|programme)\b(?: \w+)? ?(?:about|on|of)\b|\bdifference between\b|"
+    r"\b(?:ruled|rule|ruling) out\b|\b(?:worried|worry|anxious) about (?:getting|having|losing|ever)\b"
 )
+_FORWARD_BRIEFLY = re.compile(r"\b(?:instead of|rather than|allerg(?:ic|y) to)\b")  # ... up to a comma
 _ABOUT = re.compile(r"\b(?:signs?|symptoms?|causes?|treatment|cure|complications?) (?:of|for)\b")
 _CAUSES = re.compile(
     r"\b(?:cause|causes|causing|lead to|leads to|result in|trigger|bring on)\b(?! (?:my|his|her|this))"
 )
 _OWN = re.compile(r"\b(?:i|im|ive|he|hes|she|shes|having|have|has|got)\b")
+_RENEWED = re.compile(r"\b(?:presents?|presenting|comes|complains|complaining|who|developed|is|has|had|started)\b")
+# Behind a phrase: it is gone, or not to be.
 _GONE = re.compile(
-    r"^(?:\w+ ){0,2}?(?:is |are |was |were |has |have |had |now |been |all |completely |totally )*(?:absent|denied|"
-    r"negative|gone|resolved|went away|gone away|ruled out|not present|no longer|stopped|subsided|disappeared|"
-    r"passed|never (?:came|happened))\b(?! (?:out|by|urine|stool|gas|wind|clots?|blood))"
+    r"^(?:\w+ ){0,2}?(?:(?:is|are|was|were|has|have|had|should|must|be|now|been|all|completely|totally) )*(?:absent|"
+    r"denied|avoided|contraindicated|negative|gone|resolved|went away|gone away|ruled out|not present|no longer|"
+    r"not (?:suitable|safe|recommended|advised|allowed|for you)|stopped|subsided|disappeared|passed|"
+    r"never (?:came|happened))\b(?! (?:out|by|urine|stool|gas|wind|clots?|blood))|^(?:no|none|nil)$"
 )
-_DENIED_AFTER = re.compile(r"^(?:no|none|nil|absent|negative)$")
 
-_SENTENCE = re.compile(r"[.!?;\n]+(?!\d)")
+_SENTENCE = re.compile(r"[.!?;]+(?!\d)|\n\s*\n\s*")  # a single line break is only a wrapped line
+_LONGEST = re.compile(r".{1,1000}(?:\s|$)|.{1000}", re.DOTALL)  # a sentence without an end is cut
 _CLAUSE = re.compile(
     r"\b(?:but|however|although|though|yet|whereas|except|apart from|and (?=i |im |ive |my |now |he |hes |she |shes |"
-    r"has |his |her |today |then )|which|because)\b|,\s*(?=i |im |ive |my |he |she |now )"
+    r"has |his |her |today |then )|which|because)\b|"
+    r",\s*(?=i |im |ive |my |he |she |now |so |take |use |try |please |therefore )"
 )
 _WORD = re.compile(r"[a-z]+|\d+(?:\.\d+)?|,")
 
@@ -112,54 +124,57 @@ def plain(text: str) -> str:
 def _sentences(text: str) -> Iterator[_Sentence]:
     at = 0
     for border in [*_SENTENCE.finditer(text), None]:
-        end = border.start() if border else len(text)
-        raw = text[at:end].strip()
-        asked = border is not None and "?" in border.group()
-        at = border.end() if border else end
-        if not raw:
-            continue
-        sentence = _Sentence()
-        begin = 0
-        for cut in [*_CLAUSE.finditer(raw), None]:
-            _clause(sentence, raw[begin : cut.start() if cut else len(raw)].strip(), asked)
-            begin = cut.end() if cut else 0
-        yield sentence
+        whole = text[at : border.start() if border else len(text)].strip()
+        at = border.end() if border else at
+        for raw in _LONGEST.findall(whole):
+            sentence = _Sentence()
+            begin = 0
+            for cut in [*_CLAUSE.finditer(raw), None]:
+                clause = raw[begin : cut.start() if cut else len(raw)].strip()
+                _add(sentence, clause, border is not None and "?" in border.group())
+                begin = cut.end() if cut else 0
+            yield sentence
 
 
-def _clause(sentence: _Sentence, raw: str, asked: bool) -> None:
-    """Add a clause's words to its sentence."""
-    question = asked or _ASKS.match(raw) is not None
-    silent = (_PAST.search(raw) or _RELATIVE.search(raw)) is not None and not _NOW.search(raw)
-    only_asked = _ASKS.match(raw) is not None and not _SOMEONE.search(raw)
-    borders = [m.end() for m in (_PAST_FORWARD.search(raw), _SUPPOSE.search(raw)) if m]
-    if (about := _ABOUT.search(raw)) and (question or not _OWN.search(raw[: about.start()])):
-        borders.append(about.end())
-    if question and (causes := _CAUSES.search(raw)):
-        borders.append(causes.end())
-    quiet_from = min(borders, default=len(raw) + 1)
-    found = list(_WORD.finditer(raw))
-    words = [m.group() for m in found]
-    denied = _denied(words)
-    for i, m in enumerate(found):
-        if words[i] == "," or words[i] in _FILLERS:
+def _add(sentence: _Sentence, clause: str, asked: bool) -> None:
+    """Add a clause's words to its sentence; asked: it ends in a question mark."""
+    not_now = (_PAST.search(clause) or _RELATIVE.search(clause)) is not None and not _NOW.search(clause)
+    opens_as_question = _ASKS.match(clause) is not None
+    no_one = opens_as_question and not _SOMEONE.search(clause)
+    quiet = _quiet(clause, asked or opens_as_question)
+    found = list(_WORD.finditer(clause))
+    denied = _denied([m.group() for m in found])
+    for m, is_denied in zip(found, denied, strict=True):
+        if m.group() in _FILLERS:
             continue
-        quiet = m.start() >= quiet_from and not _renewed(raw[quiet_from : m.start()])
-        sentence.words.append(words[i])
-        sentence.counts.append(not (silent or quiet or denied[i] or only_asked))
-        sentence.counts_asked.append(not (silent or denied[i]))
-        sentence.rest.append(raw[m.end() :].strip(" :,-"))
-    sentence.words.append("|")  # no phrase goes over the border of two clauses but through a gap
+        if m.group() == ",":
+            _border(sentence)
+            continue
+        at = m.start()
+        counts = not (not_now or is_denied or any(a <= at < b and not _RENEWED.search(clause[a:at]) for a, b in quiet))
+        sentence.words.append(m.group())
+        sentence.counts.append(counts and not no_one)
+        sentence.counts_asked.append(counts)
+        sentence.rest.append(clause[m.end() : m.end() + 80].strip(" :,-"))
+    _border(sentence)
+
+
+def _quiet(clause: str, question: bool) -> list[tuple[int, int]]:
+    """The parts of a clause that are past, supposed or asked about."""
+    ends = [m.end() for m in _FORWARD.finditer(clause)]
+    ends += [m.end() for m in _ABOUT.finditer(clause) if question or not _OWN.search(clause[: m.start()])]
+    ends += [m.end() for m in _CAUSES.finditer(clause)] if question else []
+    brief = [m.end() for m in _FORWARD_BRIEFLY.finditer(clause)]
+    commas = [comma if (comma := clause.find(",", end)) >= 0 else len(clause) for end in brief]
+    return [*((end, len(clause)) for end in ends), *zip(brief, commas, strict=True)]
+
+
+def _border(sentence: _Sentence) -> None:
+    """What no phrase goes over: a comma ("pain, itching of the scrotum" is no pain there), the end of a clause."""
+    sentence.words.append("|")
     sentence.counts.append(False)
     sentence.counts_asked.append(False)
     sentence.rest.append("")
-
-
-def _renewed(between: str) -> bool:
-    """Whether a subject or verb between "history of" and a word makes the word current again."""
-    return (
-        re.search(r"\b(?:presents?|presenting|comes|complains|complaining|who|developed|is|has|had|started)\b", between)
-        is not None
-    )
 
 
 def _denied(words: list[str]) -> list[bool]:
@@ -234,9 +249,11 @@ class Finder:
                     continue
                 for p in self._beginning(word):
                     counts = sentence.counts_asked[i] if p.asked else sentence.counts[i]
-                    if counts and p.name not in found and (end := _match(p.elements, words, i)):
-                        if _stays(sentence, end - 1):
-                            found.add(p.name)
+                    if not counts or p.name in found:
+                        continue
+                    end = _match(p.elements, words, i)
+                    if end and not _GONE.match(sentence.rest[end - 1]):
+                        found.add(p.name)
         return found
 
     def _beginning(self, word: str) -> Iterator[Phrase]:
@@ -267,9 +284,3 @@ def _match(elements: tuple[Element, ...], words: list[str], at: int) -> int:
 
 def _fits(element: Element, word: str) -> bool:
     return word in element[0] or (bool(element[1]) and word.startswith(element[1]))
-
-
-def _stays(sentence: _Sentence, last: int) -> bool:
-    """Whether nothing behind the phrase takes it back."""
-    rest = sentence.rest[last]
-    return not _GONE.match(rest) and not _DENIED_AFTER.match(rest)

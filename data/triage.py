@@ -82,10 +82,10 @@ class Triage(Attendant):
     def before(self, dialogue: Dialogue) -> str | None:
         """The first rule's notice, unless what was said before the last question set that rule off already."""
         said = [m.content for m in dialogue.messages if m.role == "user"]
-        fired = self.fired("\n".join(said))
+        fired = self.fired("\n\n".join(said))
         if not fired:
             return None
-        if len(said) > 1 and fired[0] not in self.fired(said[-1]) and fired[0] in self.fired("\n".join(said[:-1])):
+        if len(said) > 1 and fired[0] not in self.fired(said[-1]) and fired[0] in self.fired("\n\n".join(said[:-1])):
             return None
         return fired[0].said()
 
