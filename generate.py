@@ -108,7 +108,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if args.prompt is None and args.input is None and (args.raw or args.json):
         p.error(f"{'--raw' if args.raw else '--json'} needs --prompt or --input")
     if args.raw and args.patient is not None:
-        p.error("--raw passes the text as it is: without it --patient has a place")
+        p.error("--raw passes the text as it is: --patient has no place in it")
     if args.speculate and args.draft is not None:
         p.error("--speculate and --draft exclude each other")
     if args.input is not None and (args.speculate == "lookup" or args.draft is not None):

@@ -74,9 +74,9 @@ _FORWARD = re.compile(
     r"(?:of|includes|is significant for)\b|\bdiagnosed (?:with|as)\b|\b(?:previous|prior|past)\b|"
     r"\bif (?:i|he|she|we)(?: ever| should)? (?:get|got|had|have|has|were|develop|take|took)\b|"
     r"\bif (?:someone|somebody|anyone|you|one|a person|people)\b|\bwhat if\b|\bin case (?:of|i|he|she)\b|"
-    r"\b(?:afraid|scared|fear|"
-    r"risks?|chances?|dangers?) of\b|\b(?:prevent|prevents|preventing|prevention|avoid|avoiding|screened|screening|vaccine|"
-    r"vaccinated|vaccination|insurance)\b|\b(?:read|book|article|film|movie|exam|essay|homework|lecture|course|"
+    r"\b(?:afraid|scared|fear|risks?|chances?|dangers?) of\b|"
+    r"\b(?:prevent|prevents|preventing|prevention|avoid|avoiding|screened|screening|vaccine|vaccinated|"
+    r"vaccination|insurance)\b|\b(?:read|book|article|film|movie|exam|essay|homework|lecture|course|"
     r"dream|dreamt|dreamed|documentary|programme)\b(?: \w+)? ?(?:about|on|of)\b|\bdifference between\b|"
     r"\b(?:ruled|rule|ruling) out\b|\b(?:worried|worry|anxious) about (?:getting|having|losing|ever)\b"
 )
