@@ -61,7 +61,7 @@ class Person:
     weeks: int | None = None  # of the pregnancy
 
     def or_else(self, other: Person) -> Person:
-        """What is unknown here, as the other has it; nothing of it where the ages show another person, such as a child."""
+        """What is unknown here, as the other has it, unless the ages show another person, such as a child."""
         if self.ages and other.ages and min(abs(a - b) for a in self.ages for b in other.ages) > 1:
             return self
         pregnant = other.pregnant if self.pregnant is None else self.pregnant
