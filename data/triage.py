@@ -80,14 +80,14 @@ class Triage(Attendant):
         return [rule for rule in self.rules if rule.applies(findings, person)]
 
     def before(self, dialogue: Dialogue) -> str | None:
-        """The first rule's notice, unless what was said before the last question set that rule off already."""
+        """The first rule's notice. In a longer dialogue what is said adds up, and only what the last question sets off
+        is said, if nothing more urgent was said before."""
         said = [m.content for m in dialogue.messages if m.role == "user"]
         fired = self.fired("\n\n".join(said))
-        if not fired:
-            return None
-        if len(said) > 1 and fired[0] not in self.fired(said[-1]) and fired[0] in self.fired("\n\n".join(said[:-1])):
-            return None
-        return fired[0].said()
+        if len(said) > 1:
+            known, last = self.fired("\n\n".join(said[:-1])), self.fired(said[-1])
+            fired = [r for r in fired if r.level == fired[0].level and (r in last or r not in known)]
+        return fired[0].said() if fired else None
 
 
 @cache

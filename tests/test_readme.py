@@ -138,6 +138,23 @@ def test_what_saving_costs_is_measured() -> None:
     assert f"{shares[0]:.1f} % in the background, {shares[1]:.1f} % in the foreground" in README
 
 
+def test_what_triage_finds_is_measured() -> None:
+    r = json.loads((ROOT / "bench/results/triage_cpu.json").read_text())["results"]
+    seen, words = r["vignettes"], r["vignettes"]["keywords"]
+    figures = [
+        f"{x['emergency_recall']['hits']} of 15 emergencies, {x['false_alarms']['hits']} of 30 false alarms"
+        for x in (seen, words)
+    ]
+    assert f"| {figures[0]}; plain keywords {figures[1]} |" in README
+    assert (
+        f"{r['chatdoctor5k_flagged']['all']['share']:.1%}".replace("%", " %") + " of ChatDoctor's 5k questions"
+        in README
+    )
+    low, high = seen["emergency_recall"]["interval"]
+    assert f"95 % interval of the recall {low:.2f} to {high:.2f}".replace("0.", ".") in README
+    assert f"{r['speed']['median_ms']:.1f} ms a question" in README
+
+
 def test_rows_of_the_table_name_their_own_bench_once() -> None:
     """A row that says "same" stands below the one whose command made it, and no figure stands there twice."""
     table = README.split("| what | measured |")[1].split("\n\n")[0].splitlines()[2:]

@@ -109,9 +109,11 @@ def ask(*turns: str) -> str | None:
 
 
 def test_a_dialogue_adds_up_and_says_it_once() -> None:
-    assert (ask("I have a fever") or "").startswith(("Self-care", "See")) or ask("I have a fever") is None
+    assert ask("I have a fever") is None
     assert (ask("I have a fever", "and a stiff neck") or "").startswith("EMERGENCY (rule meningitis)")
     assert ask("I have a fever", "and a stiff neck", "thank you") is None
+    assert ask("I have a fever", "and a stiff neck", "and a runny nose") is None, "no reassurance beside an emergency"
+    assert "overdose" in (ask("I have a fever", "and a stiff neck", "and I took 30 pills") or "")
     assert "meningitis" in (ask("I have a fever", "and a stiff neck", "my stiff neck and fever stay") or "")
 
 
