@@ -5,6 +5,7 @@
 Writes bench/results/triage_cpu.json:
 - the 45 vignettes of Semigran et al. (BMJ 2015), each with its level: recall of emergencies, false alarms on the
   others, the whole table of levels, and the same for plain keywords, which read no negation;
+- 80 lines of everyday language (bench/triage_lay.txt), held out: recall and false alarms;
 - ChatDoctor's 5,452 questions: the share flagged as an emergency, of all and of those whose answer names a condition
   of an emergency list (the sample table's, with its synonyms);
 - MedQuAD's questions ("What is ...?"), which describe nobody: each flag is a false one;
@@ -47,6 +48,7 @@ DENIALS = (
     "What is {}?",
     "I was afraid of {}.",
 )
+LAY = Path(__file__).parent / "triage_lay.txt"
 TRUTH = {"em": "emergency", "ne": "doctor", "sc": "self-care"}
 
 
@@ -83,6 +85,18 @@ def vignettes(triage: Triage, path: Path) -> dict[str, Any]:
             "false_alarms": interval(sum(bool(KEYWORDS.search(t)) for t in others), len(others)),
         },
     }
+
+
+def everyday(triage: Triage) -> dict[str, Any]:
+    lines = [line for line in LAY.read_text().splitlines() if not line.startswith("#")]
+    kinds = [(kind, text.strip()) for kind, _, text in (line.partition(":") for line in lines)]
+    result = {}
+    for name, wanted in (("emergency_recall", "emergency"), ("false_alarms", "other")):
+        texts = [text for kind, text in kinds if kind == wanted]
+        flagged = sum(level(triage, text) == "emergency" for text in texts)
+        words = sum(bool(KEYWORDS.search(text)) for text in texts)
+        result[name] = interval(flagged, len(texts)) | {"keywords": interval(words, len(texts))}
+    return result
 
 
 def questions(triage: Triage, path: Path) -> dict[str, Any]:
@@ -152,6 +166,7 @@ def main() -> None:
         "rules": Counter(r.level for r in triage.rules),
         "findings": len({f.name for f in read_findings(RULES / "findings.txt")}),
         "vignettes": vignettes(triage, args.data / "eval/semigran_vignettes.jsonl"),
+        "everyday_language": everyday(triage),
         "chatdoctor5k_flagged": questions(triage, args.data / "chatdoctor/chatdoctor5k.json"),
         "medquad_flagged": interval(flagged, len(quad)),
         "minimal_pairs": pairs(triage),

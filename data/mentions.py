@@ -121,8 +121,9 @@ class _Sentence:
 
 
 def plain(text: str) -> str:
-    """Lower case, apostrophes taken out, hyphens and slashes made spaces, and measurements in words."""
+    """Lower case, no apostrophes, hyphens and slashes as spaces, "could not" as "cannot", measurements in words."""
     text = text.lower().replace("\u2019", "'").replace("'", "").replace("\u2013", "-")
+    text = re.sub(r"\b(?:can not|could not|couldnt)\b", "cannot", text)
     return measured(re.sub(r"(?<=[a-z\d])[-/](?=[a-z])|(?<=[a-z])[-/](?=\d)|[_*\"()\[\]]", " ", text))
 
 
