@@ -5,7 +5,7 @@
 Writes bench/results/triage_cpu.json:
 - the 45 vignettes of Semigran et al. (BMJ 2015), each with its level: recall of emergencies, false alarms on the
   others, the whole table of levels, and the same for plain keywords, which read no negation;
-- 80 lines of everyday language (bench/triage_lay.txt), held out: recall and false alarms;
+- 80 lines of everyday language (bench/triage_lay.txt), held out: recall and false alarms; and 80 that were seen;
 - ChatDoctor's 5,452 questions: the share flagged as an emergency, of all and of those whose answer names a condition
   of an emergency list (the sample table's, with its synonyms);
 - MedQuAD's questions ("What is ...?"), which describe nobody: each flag is a false one;
@@ -48,7 +48,7 @@ DENIALS = (
     "What is {}?",
     "I was afraid of {}.",
 )
-LAY = Path(__file__).parent / "triage_lay.txt"
+LAY = Path(__file__).parent
 TRUTH = {"em": "emergency", "ne": "doctor", "sc": "self-care"}
 
 
@@ -87,8 +87,8 @@ def vignettes(triage: Triage, path: Path) -> dict[str, Any]:
     }
 
 
-def everyday(triage: Triage) -> dict[str, Any]:
-    lines = [line for line in LAY.read_text().splitlines() if not line.startswith("#")]
+def everyday(triage: Triage, path: Path) -> dict[str, Any]:
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
     kinds = [(kind, text.strip()) for kind, _, text in (line.partition(":") for line in lines)]
     result = {}
     for name, wanted in (("emergency_recall", "emergency"), ("false_alarms", "other")):
@@ -166,7 +166,8 @@ def main() -> None:
         "rules": Counter(r.level for r in triage.rules),
         "findings": len({f.name for f in read_findings(RULES / "findings.txt")}),
         "vignettes": vignettes(triage, args.data / "eval/semigran_vignettes.jsonl"),
-        "everyday_language": everyday(triage),
+        "everyday_language": everyday(triage, LAY / "triage_lay.txt"),
+        "everyday_language_seen": everyday(triage, LAY / "triage_lay_seen.txt"),
         "chatdoctor5k_flagged": questions(triage, args.data / "chatdoctor/chatdoctor5k.json"),
         "medquad_flagged": interval(flagged, len(quad)),
         "minimal_pairs": pairs(triage),

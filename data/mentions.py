@@ -48,13 +48,14 @@ _AFRESH = _words(
 # A clause that is about the past or about someone else, unless something in it is of now.
 _PAST = re.compile(
     r"\b(?:last year|years? ago|decades? ago|months ago|in (?:19|20)\d\d|in the past|as a (?:child|kid|teenager|baby)|"
-    r"when (?:i|he|she) was (?:a |young|little|\d)|in childhood|used to|previously|long ago|once had|already treated|"
+    r"when (?:i|he|she) was (?:a |young|little|\d|\w+ years|five|six|seven|eight|nine|ten|\w+teen|twelve|twenty)|"
+    r"in childhood|used to|previously|long ago|once had|already treated|"
     r"recovered from|fully recovered)\b"
 )
 _RELATIVE = re.compile(
     r"\b(?:(?:father|mother|dad|mum|mom|brother|sister|uncle|aunt|grand\w+|cousin|friend|neighbou?r|colleague|coworker|"
     r"boss|teacher|actor|singer)s?\b.*\b(?:had|died|suffered|passed|survived|committed|lost)|"
-    r"family history|in (?:my|the|our) family|runs in)\b"
+    r"my (?:dog|cat|horse|puppy|kitten) (?:is|was|has|had|got)|family history|in (?:my|the|our) family|runs in)\b"
 )
 _NOW = re.compile(
     r"\b(?:now|today|tonight|still|again|currently|this (?:morning|afternoon|evening|week)|just|suddenly|minutes?|"
@@ -228,7 +229,7 @@ def phrase(name: str, text: str) -> Phrase:
             o.endswith("*") and len(o) < 4 for o in options
         ):
             raise ValueError(f"{part!r} in {text!r} is not words between slashes; a * needs three letters before it")
-        if set(options) & _FILLERS:
+        if set(options) <= _FILLERS:
             continue
         elements.append((tuple(o for o in options if o[-1] != "*"), tuple(o[:-1] for o in options if o[-1] == "*")))
     if not elements or not any(elements[0]) or not any(elements[-1]):

@@ -22,6 +22,9 @@ _OLD = re.compile(
     rf"\b(\d{{1,3}}|{'|'.join(_VALUES)}) ?(years?|yrs?|y|months?|mo|weeks?|wks?|days?|hours?) ?"
     r"(?:of age|o|old|boy|girl|man|woman|male|female)\b"
 )
+_OF = re.compile(
+    r"\b(?:baby|boy|girl|son|daughter|child|kid) (?:of|is|aged) (\d{1,2}) ?(years?|months?|weeks?|days?)\b"
+)
 _AGED = re.compile(
     r"\b(?:aged?|i am|im|hes|shes|he is|she is)(?: of| is|:)? (\d{1,3})\b"
     r"(?! ?(?:weeks?|months?|days?|hours?|minutes?|%|pounds?|kg|mg|lbs?|st\b|cm|feet|percent|of))"
@@ -76,7 +79,9 @@ class Person:
 def person_of(text: str) -> Person:
     """What a text says of its patient."""
     text = plain(text)
-    ages = [_number(m[1]) * _YEARS[m[2][:2] if m[2][0] == "m" else m[2][0]] for m in _OLD.finditer(text)]
+    ages = [
+        _number(m[1]) * _YEARS[m[2][:2] if m[2][0] == "m" else m[2][0]] for p in (_OLD, _OF) for m in p.finditer(text)
+    ]
     ages += [float(m[1]) for m in _AGED.finditer(text) if 0 < int(m[1]) < 120]
     ages += [float(next(g for g in m.groups() if g)) for m in _SHORT.finditer(text)]
     ages = ages or [age for stage, age in _STAGES if stage.search(text)]
