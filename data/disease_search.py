@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 MAX_WORDS, MAX_CHARS = 400, 20_000  # of a text that are looked at, from its beginning
+MAX_LETTERS = 64  # of a word: no term is as long, and FTS5 cuts the longest in mid-character
 
 _K1, _B = 1.2, 0.75  # BM25's usual ones
 _POWER = 8  # of a phrase's share: 90 % of it counts for .43 of the symptom, half of it for nothing
@@ -92,7 +93,8 @@ def read_lay_terms(path: Path) -> dict[str, tuple[str, ...]]:
 
 def words_of(text: str) -> list[str]:
     """The lower-case words at the beginning of a text."""
-    return [m[0].lower() for m in itertools.islice(_WORD.finditer(text[:MAX_CHARS]), MAX_WORDS)]
+    found = itertools.islice(_WORD.finditer(text[:MAX_CHARS]), MAX_WORDS)
+    return [m[0].lower() for m in found if len(m[0]) <= MAX_LETTERS]
 
 
 class SymptomIndex:
