@@ -28,18 +28,22 @@ _WORD = re.compile(r"[^\W_]+")
 
 
 class Words:
-    """The words of a text as FTS5's tokenizer stems them, lay terms as the clinical ones. For one thread."""
+    """The words of a text as FTS5's tokenizer stems them, lay terms as the clinical ones. For one thread at a time."""
 
     def __init__(self) -> None:
         self._stop = _read_words(STOP_WORDS)
         self._stems: dict[str, str] = {}
-        self._fts = sqlite3.connect(":memory:", isolation_level=None)
+        self._fts = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
         self._fts.execute("CREATE VIRTUAL TABLE words USING fts5(word, tokenize='porter unicode61')")
         self._fts.execute("CREATE VIRTUAL TABLE stems USING fts5vocab('words', 'instance')")
         self._terms: dict[tuple[str, ...], tuple[str, ...]] = {}  # stems of a lay term -> of the clinical one
         for term, lay_terms in read_lay_terms(LAY_TERMS).items():
             for lay in lay_terms:
                 self._terms.setdefault(tuple(self.stems(lay)), tuple(self.stems(term)))
+
+    def close(self) -> None:
+        """Let go of the memory; nothing can be stemmed afterwards."""
+        self._fts.close()
 
     def stems(self, text: str) -> list[str]:
         """The stems of a text's words in order, stop words left out."""
@@ -156,7 +160,7 @@ class SymptomIndex:
         rare = self._weight(0)
         self._by_word: dict[str, list[tuple[int, float]]] = defaultdict(list)  # phrases and the word's share of them
         for number, (stems, _) in enumerate(self._phrases):
-            total = sum(self._word.get(s, rare) for s in stems)
+            total = sum(self._word.get(s, rare) for s in sorted(stems))  # sorted: see rank()
             for stem in stems:
                 self._by_word[stem].append((number, self._word.get(stem, rare) / total))
 

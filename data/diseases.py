@@ -7,18 +7,20 @@ is written whole or not at all, the same rows and bytes for the same sources, an
 An entry's id is its place in the row of all rows, from 1: sources in the order they were given, rows in the order of
 their source, quarantined ones counted. So ids stay as long as the sources and their order do.
 
-A Database may be used by several threads: each gets a connection of its own; what is kept in memory is never changed.
+A Database may be used by several threads: a call takes a connection that none other uses, or opens one, and gives it
+back; what is kept in memory is never changed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import sqlite3
-import threading
+import weakref
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -186,7 +188,8 @@ class Database:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._local = threading.local()
+        self._idle: list[_Reader] = []
+        weakref.finalize(self, _close, self._idle)
         [(state,)] = self._query("PRAGMA quick_check(1)")
         if state != "ok":
             raise self._damaged(state)
@@ -207,7 +210,7 @@ class Database:
         for symptom, phrase in self._query("SELECT symptom, phrase FROM wording ORDER BY rowid"):
             wordings.setdefault(symptom, []).append(phrase)
         named = {e.id: ((e.name, *e.synonyms), e.symptoms) for e in self._diseases.values()}
-        self._index = SymptomIndex(named, wordings, self._words.clinical)
+        self._index = SymptomIndex(named, wordings, self._clinical)
 
     def search(self, text: str, limit: int = 5, kind: str = DISEASE, quarantined: bool = False) -> list[Hit]:
         """The entries of a kind (DISEASE or PASSAGE) that fit a question or some symptoms best, none if nothing fits.
@@ -218,11 +221,11 @@ class Database:
         assert kind in (DISEASE, PASSAGE)
         if kind == PASSAGE:
             return self._passages(text, limit)
-        return self._hits(self._index.rank(self._words.clinical(text)), limit, quarantined)
+        return self._hits(self._index.rank(self._clinical(text)), limit, quarantined)
 
     def by_symptoms(self, names: Iterable[str], limit: int = 5, quarantined: bool = False) -> list[Hit]:
         """The diseases that have these symptoms, by their names in the lexicon; unknown names count for nothing."""
-        return self._hits(self._index.rank_names(map(self._words.clinical, names)), limit, quarantined)
+        return self._hits(self._index.rank_names(map(self._clinical, names)), limit, quarantined)
 
     def entry(self, id_: int) -> Entry:
         """The entry of that id, quarantined or not. ValueError if there is none."""
@@ -265,7 +268,7 @@ class Database:
 
     def _passages(self, text: str, limit: int) -> list[Hit]:
         counted = []
-        for term in dict.fromkeys(self._words.stems(text)):
+        for term in dict.fromkeys(self._stems(text)):
             rows = self._query("SELECT doc FROM passage_words WHERE term = ?", term)
             counted += [(rows[0][0], term)] if rows else []
         terms, budget = [], _POSTINGS
@@ -284,18 +287,29 @@ class Database:
         )
         return [Hit(self.entry(id_), -score) for id_, score in rows]
 
-    @property
-    def _words(self) -> Words:
-        if not hasattr(self._local, "words"):
-            self._local.words = Words()
-        return self._local.words
+    @contextlib.contextmanager
+    def _reader(self) -> Iterator[_Reader]:
+        try:
+            reader = self._idle.pop()  # atomic, as append is: no two threads get the same
+        except IndexError:
+            reader = _Reader(self.path)
+        try:
+            yield reader
+        finally:
+            self._idle.append(reader)
+
+    def _stems(self, text: str) -> list[str]:
+        with self._reader() as reader:
+            return reader.words.stems(text)
+
+    def _clinical(self, text: str) -> list[str]:
+        with self._reader() as reader:
+            return reader.words.clinical(text)
 
     def _query(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
         try:
-            if not hasattr(self._local, "connection"):
-                uri = self.path.resolve().as_uri() + "?mode=ro&immutable=1"
-                self._local.connection = sqlite3.connect(uri, uri=True)
-            return self._local.connection.execute(sql, values).fetchall()
+            with self._reader() as reader:
+                return reader.connection.execute(sql, values).fetchall()
         except (sqlite3.DatabaseError, UnicodeDecodeError, OverflowError) as e:
             raise self._damaged(str(e)) from None
 
@@ -307,6 +321,21 @@ class Database:
 
     def _damaged(self, what: str) -> ValueError:
         return ValueError(f"{self.path}: is damaged ({' '.join(what.split())}); build it again")
+
+
+class _Reader:
+    """What one call needs for itself: a connection, and the words it has met."""
+
+    def __init__(self, path: Path) -> None:
+        uri = path.resolve().as_uri() + "?mode=ro&immutable=1"
+        self.connection = sqlite3.connect(uri, uri=True, check_same_thread=False)
+        self.words = Words()
+
+
+def _close(readers: list[_Reader]) -> None:
+    for reader in readers:
+        reader.connection.close()
+        reader.words.close()
 
 
 def _unique(lists: Iterable[Iterable[str]]) -> tuple[str, ...]:

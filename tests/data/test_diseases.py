@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import sqlite3
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from hypothesis import strategies as st
 from data import prepare
 from data.diseases import DISEASE, KINDS, PASSAGE, SCHEMA, Database, open_database
 
+ROOT = Path(__file__).resolve().parents[2]
 TABLE = """idx,disease,Symptom,reason,TestsAndProcedures,commonMedications
 0,Glaucoma,"['Pain in eye', 'Diminished vision', 'Eye redness']",It harms a nerve.,['Eye test'],['Timolol']
 1,Gout,"['Joint pain', 'Foot or toe pain', 'Joint swelling']",It is a painful joint.,"['Uric acid']","['Colchicine']"
@@ -138,7 +142,9 @@ def test_threads_search_at_once(database: Database) -> None:
 
 
 def test_the_same_sources_make_the_same_file(sources: list[str], path: Path, tmp_path: Path) -> None:
-    assert prepare.main(["diseases", *sources, str(tmp_path / "again.db")]) == 0
+    """In another process, whose sets are in another order."""
+    command = [sys.executable, "-m", "data.prepare", "diseases", *sources, str(tmp_path / "again.db")]
+    subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": "1"}, stdout=subprocess.DEVNULL)
     assert (tmp_path / "again.db").read_bytes() == path.read_bytes()
 
 
@@ -146,7 +152,8 @@ def test_the_report_is_printed_and_written(
     sources: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report = tmp_path / "report.json"
-    assert prepare.main(["diseases", *sources, str(tmp_path / "x.db"), "--report", str(report)]) == 0
+    for _ in range(2):  # a report takes the place of an earlier one
+        assert prepare.main(["diseases", *sources, str(tmp_path / "x.db"), "--report", str(report)]) == 0
     printed = capsys.readouterr().out
     assert "[DB 3] table 2, Broken: line 4: Symptom: broken list" in printed
     written = json.loads(report.read_text())
@@ -186,6 +193,7 @@ def test_wrong_commands_are_one_line(
     assert "cannot be written" in fails(capsys, "diseases", table, table / "x.db")
     (tmp_path / "notes.txt").write_text("mine")
     assert "is not a disease database" in fails(capsys, "diseases", table, tmp_path / "notes.txt")
+    assert "is no report" in fails(capsys, "diseases", table, out, "--report", tmp_path / "notes.txt")
     (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
     assert "no column 'disease'" in fails(capsys, "diseases", tmp_path / "bad.csv", path)
     assert (tmp_path / "notes.txt").read_text() == "mine"
