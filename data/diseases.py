@@ -1,233 +1,342 @@
-"""The table of conditions (data/sample/) -> frozen dataclasses, and which condition fits some symptoms best.
+"""The disease database: one SQLite file of diseases and of passages about them, and the search in it.
 
-data/synthesize.py makes dialogues out of it, data/metrics.py finds its names in answers. Never talks to the model: the
-ranking here is plain word counting, the ceiling that a model's answers are held against. Standard library only.
+`python -m data.prepare diseases` builds it from the sources that data/disease_sources.py reads, as the linter of
+data/disease_linter.py leaves them; grounded answers, the server and evaluate.py search it and cite its rows. The file
+is written whole or not at all, the same rows and bytes for the same sources, and only ever opened for reading.
+
+An entry's id is its place in the row of all rows, from 1: sources in the order they were given, rows in the order of
+their source, quarantined ones counted. So ids stay as long as the sources and their order do.
+
+A Database may be used by several threads: a call takes a connection that none other uses, or opens one, and gives it
+back; what is kept in memory is never changed.
 """
 
 from __future__ import annotations
 
-import math
-import re
-from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import cached_property
+import contextlib
+import errno
+import json
+import os
+import sqlite3
+import weakref
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-SAMPLE = Path(__file__).parent / "sample"
-URGENCIES = ("emergency", "urgent", "routine")
-MIN_SYMPTOMS, MAX_SYMPTOMS = 6, 9
+from data.disease_linter import Checked, lint
+from data.disease_search import SymptomIndex, Words
+from data.disease_sources import DISEASE, PASSAGE, Source
+from llama.files import atomic_file
 
-_KEYS = ("condition", "synonyms", "urgency", "frequency", "symptoms", "tests", "medications", "red flags")
-_OPTIONAL = ("synonyms", "frequency")
-_WORD = re.compile(r"[a-z0-9']+")
+SCHEMA = 1
+APPLICATION = 0x43444442  # "CDDB" in the header, where SQLite keeps a place to say whose file it is
+KINDS = ("diseases", "symptoms", "tests", "medications")
+# Of a question for passages: so many of its rarest words, standing in so many passages together. With 12 and 2,500 a
+# search of 16,407 passages takes 3.3 ms (p99) of an AMD EPYC core.
+_TERMS, _POSTINGS = 8, 2000
+
+_TABLES = f"""
+PRAGMA application_id = {APPLICATION};
+PRAGMA user_version = {SCHEMA};
+CREATE TABLE source (name TEXT, kind TEXT, file TEXT, sha256 TEXT, rows INTEGER, quarantined INTEGER, mended INTEGER);
+CREATE TABLE entry (
+    id INTEGER PRIMARY KEY, kind TEXT, source TEXT, source_row TEXT, name TEXT, synonyms TEXT, symptoms TEXT,
+    tests TEXT, medications TEXT, text TEXT, url TEXT, urgency TEXT, quarantine TEXT, crc32 INTEGER
+);
+CREATE TABLE finding (entry INTEGER, action TEXT, reason TEXT);
+CREATE TABLE wording (symptom TEXT, phrase TEXT);
+CREATE INDEX entry_kind ON entry (kind);
+CREATE VIRTUAL TABLE passage_fts USING fts5(
+    name, text, content='entry', content_rowid='id', tokenize='porter unicode61'
+);
+CREATE VIRTUAL TABLE passage_words USING fts5vocab('passage_fts', 'row');
+"""
+_FIELDS = "id, source, source_row, name, synonyms, symptoms, tests, medications, text, url, urgency, kind"
 
 
 @dataclass(frozen=True)
-class Symptom:
-    """A symptom and how patients say it. `held_out` wordings are never used for training."""
+class Entry:
+    """One row: a disease, or a passage about one (kind), with where it comes from. id is what an answer cites."""
 
+    id: int
+    source: str
+    source_row: str
     name: str
-    wordings: tuple[str, ...]
-    held_out: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Condition:
-    """One condition. `article` is what it is spoken with ("a", "an", "the" or nothing); `symptoms` are names."""
-
-    name: str
-    article: str
     synonyms: tuple[str, ...]
-    urgency: str
-    common: bool
     symptoms: tuple[str, ...]
     tests: tuple[str, ...]
     medications: tuple[str, ...]
-    red_flags: tuple[str, ...]
-
-    @property
-    def spoken(self) -> str:
-        """The name as it stands in a sentence: "a heart attack"."""
-        return f"{self.article} {self.name}".strip()
+    text: str
+    url: str
+    urgency: str
+    kind: str = DISEASE
 
 
 @dataclass(frozen=True)
-class Table:
-    """All conditions in file order, and the symptoms they refer to by name."""
+class Hit:
+    """An entry that a search found. Scores compare within one search, the best first."""
 
-    conditions: tuple[Condition, ...]
-    symptoms: dict[str, Symptom]
-
-    @cached_property
-    def owners(self) -> dict[str, frozenset[str]]:
-        """Names of the conditions that have each symptom."""
-        return {s: frozenset(c.name for c in self.conditions if s in c.symptoms) for s in self.symptoms}
-
-    def condition(self, name: str) -> Condition:
-        """The condition of that name. ValueError if there is none."""
-        for c in self.conditions:
-            if c.name == name:
-                return c
-        raise ValueError(f"no condition is called {name!r}")
+    entry: Entry
+    score: float
 
 
-def load_table(folder: str | Path = SAMPLE) -> Table:
-    """Table of `conditions.txt` and `symptoms.txt` in a folder. ValueError names file, line and remedy."""
-    symptoms = read_symptoms(Path(folder) / "symptoms.txt")
-    conditions = read_conditions(Path(folder) / "conditions.txt", symptoms)
-    return Table(tuple(conditions), symptoms)
+@dataclass(frozen=True)
+class Finding:
+    """What the linter did with an entry: quarantined, removed something from it, or only noted it, and why."""
+
+    entry: int
+    source: str
+    source_row: str
+    name: str
+    action: str
+    reason: str
 
 
-def read_symptoms(path: str | Path) -> dict[str, Symptom]:
-    """Symptoms of a file of `name: wording; wording | held-out wording` lines, by name."""
-    symptoms: dict[str, Symptom] = {}
-    seen: dict[str, int] = {}  # wording -> line
-    for number, line in _lines(path):
-        if not line:
-            continue
-        name, colon, rest = line.partition(":")
-        known, bar, held_out = rest.partition("|")
-        name = name.strip()
-        if not name or not colon or not bar:
-            raise _at(path, number, f"{_short(line)} is not `name: wording; wording | held-out wording`")
-        if name in symptoms:
-            raise _at(path, number, f"symptom {name!r} stands twice; join the two lines")
-        symptom = Symptom(name, _values(path, number, known), _values(path, number, held_out))
-        for wording in symptom.wordings + symptom.held_out:
-            if wording.lower() in seen:
-                first = seen[wording.lower()]
-                raise _at(path, number, f"wording {wording!r} stands in line {first} already; give it to one symptom")
-            seen[wording.lower()] = number
-        symptoms[name] = symptom
-    return symptoms
+# --- building -------------------------------------------------------------------------------------
 
 
-def read_conditions(path: str | Path, symptoms: dict[str, Symptom]) -> list[Condition]:
-    """Conditions of a file of blocks, checked: unique names, known symptoms, enough of them, no two sets equal."""
-    conditions: list[Condition] = []
-    names: dict[str, int] = {}  # name or synonym -> line
-    sets: dict[frozenset[str], str] = {}
-    block: dict[str, tuple[int, str]] = {}
-    start = 0
-    for number, line in [*_lines(path), (0, "")]:  # a last empty line ends the last block
-        if line:
-            start = start or number
-            key, colon, value = line.partition(":")
-            if not colon or key not in _KEYS:
-                raise _at(path, number, f"{_short(line)} is not `key: value; value` with a key of {', '.join(_KEYS)}")
-            if key in block:
-                raise _at(path, number, f"{key!r} stands twice in one block; put an empty line between conditions")
-            block[key] = (number, value)
-        elif block:
-            condition = _condition(path, start, block, symptoms)
-            for name in (condition.name, *condition.synonyms):
-                if name.lower() in names:
-                    raise _at(path, start, f"the name {name!r} is taken by line {names[name.lower()]}; rename one")
-                names[name.lower()] = start
-            twin = sets.setdefault(frozenset(condition.symptoms), condition.name)
-            if twin != condition.name:
-                raise _at(path, start, f"{condition.name!r} has the symptoms of {twin!r}; tell them apart")
-            conditions.append(condition)
-            block, start = {}, 0
-    if not conditions:
-        raise ValueError(f"{path}: no conditions; it needs at least one block that begins with `condition: NAME`")
-    return conditions
+def build(sources: Sequence[Source], out: str | Path, on_row: Callable[[], Any] = lambda: None) -> None:
+    """Write the database of some sources. ValueError when `out` is something else than an earlier database."""
+    out = Path(out)
+    if out.exists():
+        _check_header(out)
+    names = [s.name for s in sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{name}: given twice; rename one file, for answers cite a row by its source's name")
+    with atomic_file(out) as file:
+        connection = sqlite3.connect(file, isolation_level=None)
+        try:
+            connection.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;" + _TABLES)
+            connection.execute("BEGIN")
+            _fill(connection, sources, on_row)
+            connection.execute("COMMIT")
+            connection.execute("INSERT INTO passage_fts (passage_fts) VALUES ('optimize')")
+            connection.execute("VACUUM")
+        except sqlite3.OperationalError as e:
+            code = errno.ENOSPC if "full" in str(e) else errno.EIO
+            raise OSError(code, str(e)) from None
+        finally:
+            connection.close()
 
 
-def _condition(
-    path: str | Path, start: int, block: dict[str, tuple[int, str]], symptoms: dict[str, Symptom]
-) -> Condition:
-    for key in _KEYS:
-        if key not in block and key not in _OPTIONAL:
-            raise _at(path, start, f"the block has no {key!r} line; add one")
-    fields = {key: _values(path, number, value) for key, (number, value) in block.items()}
-    if len(fields["condition"]) != 1:
-        raise _at(path, block["condition"][0], "a condition has one name; further ones go to `synonyms`")
-    head, _, rest = fields["condition"][0].partition(" ")
-    article, name = (head, rest) if head in ("a", "an", "the") and rest else ("", fields["condition"][0])
-    if fields["urgency"][0] not in URGENCIES or len(fields["urgency"]) != 1:
-        raise _at(path, block["urgency"][0], f"urgency must be one of {', '.join(URGENCIES)}")
-    if fields.get("frequency", ("common",)) != ("common",):
-        raise _at(path, block["frequency"][0], "frequency can only be common; leave the line out otherwise")
-    mine, number = fields["symptoms"], block["symptoms"][0]
-    for symptom in mine:
-        if symptom not in symptoms:
-            raise _at(path, number, f"symptom {symptom!r} is not in symptoms.txt; add its wordings there")
-    if len(set(mine)) != len(mine):
-        raise _at(path, number, "a symptom stands twice; name it once")
-    if not MIN_SYMPTOMS <= len(mine) <= MAX_SYMPTOMS:
-        raise _at(path, number, f"{len(mine)} symptoms; name {MIN_SYMPTOMS} to {MAX_SYMPTOMS}")
-    return Condition(
-        name,
-        article,
-        fields.get("synonyms", ()),
-        fields["urgency"][0],
-        "frequency" in fields,
-        mine,
-        fields["tests"],
-        fields["medications"],
-        fields["red flags"],
-    )
+def _fill(connection: sqlite3.Connection, sources: Sequence[Source], on_row: Callable[[], Any]) -> None:
+    id_ = 0
+    for source in sources:
+        checked = lint(source)
+        for c in checked:
+            id_ += 1
+            _add(connection, id_, source, c)
+            on_row()
+        counts = (len(checked), sum(bool(c.quarantine) for c in checked), sum(bool(c.removed) for c in checked))
+        facts = (source.name, source.kind, source.file, source.sha256, *counts)
+        connection.execute("INSERT INTO source VALUES (?, ?, ?, ?, ?, ?, ?)", facts)
+        pairs = [(symptom, phrase) for symptom, phrases in source.wordings for phrase in phrases]
+        connection.executemany("INSERT INTO wording VALUES (?, ?)", pairs)
 
 
-def _lines(path: str | Path) -> list[tuple[int, str]]:
-    """(line number, stripped line) without the comment lines."""
+def _add(connection: sqlite3.Connection, id_: int, source: Source, c: Checked) -> None:
+    row = c.row
+    lists = [json.dumps(v, ensure_ascii=False) for v in (row.synonyms, row.symptoms, row.tests, row.medications)]
+    values = (id_, source.kind, source.name, row.place, row.name, *lists, row.text, row.url, row.urgency, c.quarantine)
+    connection.execute(f"INSERT INTO entry VALUES ({', '.join('?' * 14)})", (*values, _crc(values)))
+    if source.kind == PASSAGE and not c.quarantine:
+        connection.execute("INSERT INTO passage_fts (rowid, name, text) VALUES (?, ?, ?)", (id_, row.name, row.text))
+    told = [("quarantined", c.quarantine)] * bool(c.quarantine)
+    told += [("removed", reason) for reason in c.removed] + [("noted", reason) for reason in c.notes]
+    connection.executemany("INSERT INTO finding VALUES (?, ?, ?)", [(id_, *t) for t in told])
+
+
+def _crc(values: Iterable[Any]) -> int:
+    """Of a row's fields: SQLite checks its pages' structure, and not what stands in them."""
+    return zlib.crc32("\0".join(map(str, values)).encode("utf-8", "surrogatepass"))
+
+
+# --- opening --------------------------------------------------------------------------------------
+
+
+def open_database(path: str | Path) -> Database:
+    """A database to search. ValueError when it is missing, no database of ours, of another version, or damaged."""
+    path = Path(path)
+    _check_header(path)
+    return Database(path)
+
+
+def _check_header(path: Path) -> None:
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path}: cannot read the table ({getattr(e, 'strerror', None) or 'not UTF-8'})") from None
-    numbered = ((i, line.strip()) for i, line in enumerate(text.splitlines(), 1))
-    return [(i, line) for i, line in numbered if not line.startswith("#")]
+        with path.open("rb") as f:
+            head = f.read(100)
+            size = os.fstat(f.fileno()).st_size
+    except OSError as e:
+        raise ValueError(f"{path}: cannot be read ({e.strerror})") from None
+    if not head.startswith(b"SQLite format 3\0") or len(head) < 100:
+        raise ValueError(f"{path}: is not a disease database; make one with `python -m data.prepare diseases`")
+    application, version = (int.from_bytes(head[at : at + 4], "big") for at in (68, 60))
+    if application != APPLICATION:
+        raise ValueError(f"{path}: is an SQLite file, but no disease database")
+    if version != SCHEMA:
+        raise ValueError(f"{path}: is of version {version}, this program reads {SCHEMA}; build it again")
+    page, pages = int.from_bytes(head[16:18], "big"), int.from_bytes(head[28:32], "big")
+    if size != (65536 if page == 1 else page) * pages:
+        raise ValueError(f"{path}: is truncated ({size:,} bytes of {page * pages:,}); build it again")
 
 
-def _values(path: str | Path, number: int, text: str) -> tuple[str, ...]:
-    values = tuple(part.strip() for part in text.split(";"))
-    if not all(values):
-        raise _at(path, number, "an empty value; write `value; value` with no semicolon at the end")
-    return values
+class Database:
+    """An open database."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._idle: list[_Reader] = []
+        weakref.finalize(self, _close, self._idle)
+        [(state,)] = self._query("PRAGMA quick_check(1)")
+        if state != "ok":
+            raise self._damaged(state)
+        rows = self._query(f"SELECT {_FIELDS}, quarantine, crc32 FROM entry WHERE kind = ? ORDER BY id", DISEASE)
+        self._diseases: dict[int, Entry] = {}
+        self._quarantined: set[int] = set()
+        for row in rows:
+            entry = self._entry(row)
+            self._diseases[entry.id] = entry
+            if row[-2]:
+                self._quarantined.add(entry.id)
+        kept = [e for e in self._diseases.values() if e.id not in self._quarantined]
+        self._lexicon = {
+            "diseases": _unique([(e.name, *e.synonyms) for e in kept]),
+            **{kind: _unique([getattr(e, kind) for e in kept]) for kind in KINDS[1:]},
+        }
+        wordings: dict[str, list[str]] = {}
+        for symptom, phrase in self._query("SELECT symptom, phrase FROM wording ORDER BY rowid"):
+            wordings.setdefault(symptom, []).append(phrase)
+        named = {e.id: ((e.name, *e.synonyms), e.symptoms) for e in self._diseases.values()}
+        self._index = SymptomIndex(named, wordings, self._clinical)
+
+    def search(self, text: str, limit: int = 5, kind: str = DISEASE, quarantined: bool = False) -> list[Hit]:
+        """The entries of a kind (DISEASE or PASSAGE) that fit a question or some symptoms best, none if nothing fits.
+
+        The text is words and nothing else: no quote, star or AND in it means anything. Of a long one only the
+        beginning counts. quarantined: take poisoned rows in as well.
+        """
+        assert kind in (DISEASE, PASSAGE)
+        if kind == PASSAGE:
+            return self._passages(text, limit)
+        return self._hits(self._index.rank(self._clinical(text)), limit, quarantined)
+
+    def by_symptoms(self, names: Iterable[str], limit: int = 5, quarantined: bool = False) -> list[Hit]:
+        """The diseases that have these symptoms, by their names in the lexicon; unknown names count for nothing."""
+        return self._hits(self._index.rank_names(map(self._clinical, names)), limit, quarantined)
+
+    def entry(self, id_: int) -> Entry:
+        """The entry of that id, quarantined or not. ValueError if there is none."""
+        if id_ in self._diseases:
+            return self._diseases[id_]
+        rows = self._query(f"SELECT {_FIELDS}, quarantine, crc32 FROM entry WHERE id = ?", id_)
+        if not rows:
+            raise ValueError(f"{self.path}: has no entry {id_}")
+        return self._entry(rows[0])
+
+    def names(self, kind: str) -> tuple[str, ...]:
+        """All names of a kind (diseases with synonyms, symptoms, tests, medications) in entries not quarantined."""
+        if kind not in KINDS:
+            raise ValueError(f"{kind!r}: names are of {', '.join(KINDS)}")
+        return self._lexicon[kind]
+
+    def findings(self, action: str = "quarantined") -> list[Finding]:
+        """What the linter quarantined, removed or noted, in the order of the entries."""
+        fields = "entry.id, source, source_row, name, action, reason"
+        join = "finding JOIN entry ON entry.id = finding.entry"
+        return [
+            Finding(*r) for r in self._query(f"SELECT {fields} FROM {join} WHERE action = ? ORDER BY entry.id", action)
+        ]
+
+    def report(self) -> dict[str, Any]:
+        """Rows by source, and every finding: what --report writes."""
+        keys = ("name", "kind", "file", "sha256", "rows", "quarantined", "mended")
+        sources = [dict(zip(keys, r, strict=True)) for r in self._query("SELECT * FROM source ORDER BY rowid")]
+        actions = ("quarantined", "removed", "noted")
+        return {"sources": sources} | {a: [asdict(f) for f in self.findings(a)] for a in actions}
+
+    def _hits(self, ranked: Iterable[tuple[int, float]], limit: int, quarantined: bool) -> list[Hit]:
+        hits: list[Hit] = []
+        for id_, score in ranked:
+            if len(hits) >= limit:
+                break
+            if quarantined or id_ not in self._quarantined:
+                hits.append(Hit(self._diseases[id_], score))
+        return hits
+
+    def _passages(self, text: str, limit: int) -> list[Hit]:
+        counted = []
+        for term in dict.fromkeys(self._stems(text)):
+            rows = self._query("SELECT doc FROM passage_words WHERE term = ?", term)
+            counted += [(rows[0][0], term)] if rows else []
+        terms, budget = [], _POSTINGS
+        for count, term in sorted(counted)[:_TERMS]:
+            if terms and count > budget:
+                break
+            terms.append(f'"{term}"')
+            budget -= count
+        if not terms:
+            return []
+        rows = self._query(
+            "SELECT rowid, bm25(passage_fts, 4.0, 1.0) AS score FROM passage_fts WHERE passage_fts MATCH ? "
+            "ORDER BY score, rowid LIMIT ?",
+            " OR ".join(terms),
+            limit,
+        )
+        return [Hit(self.entry(id_), -score) for id_, score in rows]
+
+    @contextlib.contextmanager
+    def _reader(self) -> Iterator[_Reader]:
+        try:
+            reader = self._idle.pop()  # atomic, as append is: no two threads get the same
+        except IndexError:
+            reader = _Reader(self.path)
+        try:
+            yield reader
+        finally:
+            self._idle.append(reader)
+
+    def _stems(self, text: str) -> list[str]:
+        with self._reader() as reader:
+            return reader.words.stems(text)
+
+    def _clinical(self, text: str) -> list[str]:
+        with self._reader() as reader:
+            return reader.words.clinical(text)
+
+    def _query(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
+        try:
+            with self._reader() as reader:
+                return reader.connection.execute(sql, values).fetchall()
+        except (sqlite3.DatabaseError, UnicodeDecodeError, OverflowError) as e:
+            raise self._damaged(str(e)) from None
+
+    def _entry(self, row: tuple[Any, ...]) -> Entry:
+        id_, source, place, name, *lists, text, url, urgency, kind, quarantine, crc = row
+        if _crc((id_, kind, source, place, name, *lists, text, url, urgency, quarantine)) != crc:
+            raise self._damaged(f"entry {id_} is not what was written")
+        return Entry(id_, source, place, name, *(tuple(json.loads(v)) for v in lists), text, url, urgency, kind)
+
+    def _damaged(self, what: str) -> ValueError:
+        return ValueError(f"{self.path}: is damaged ({' '.join(what.split())}); build it again")
 
 
-def _at(path: str | Path, number: int, message: str) -> ValueError:
-    return ValueError(f"{path}:{number}: {message}")
+class _Reader:
+    """What one call needs for itself: a connection, and the words it has met."""
+
+    def __init__(self, path: Path) -> None:
+        uri = path.resolve().as_uri() + "?mode=ro&immutable=1"
+        self.connection = sqlite3.connect(uri, uri=True, check_same_thread=False)
+        self.words = Words()
 
 
-def _short(line: str) -> str:
-    return repr(line if len(line) <= 60 else line[:57] + "...")
+def _close(readers: list[_Reader]) -> None:
+    for reader in readers:
+        reader.connection.close()
+        reader.words.close()
 
 
-# --- ranking --------------------------------------------------------------------------------------
-
-Rank = list[tuple[Condition, float]]
-
-
-def words_of(text: str) -> list[str]:
-    """The lower-case words of a text."""
-    return _WORD.findall(text.lower().replace("\u2019", "'"))
-
-
-def rank_by_symptoms(table: Table) -> Callable[[Iterable[str]], Rank]:
-    """A function that ranks all conditions by the summed IDF of the symptoms (names) that they share; best first."""
-    return _ranker(table, {c.name: set(c.symptoms) for c in table.conditions})
-
-
-def rank_by_text(table: Table) -> Callable[[str], Rank]:
-    """The same over words: a condition's document is its symptoms' names and training wordings."""
-    documents: dict[str, set[str]] = {}
-    for c in table.conditions:
-        texts = [t for s in c.symptoms for t in (s, *table.symptoms[s].wordings)]
-        documents[c.name] = {word for t in texts for word in words_of(t)}
-    ranker = _ranker(table, documents)
-    return lambda text: ranker(words_of(text))
-
-
-def _ranker(table: Table, documents: dict[str, set[str]]) -> Callable[[Iterable[str]], Rank]:
-    frequency = Counter(term for terms in documents.values() for term in terms)
-    idf = {term: math.log(len(documents) / n) for term, n in frequency.items()}
-
-    def rank(terms: Iterable[str]) -> Rank:
-        asked = sorted(set(terms))  # sorted: sums of floats must not depend on hash order
-        scored = [(c, sum(idf[t] for t in asked if t in documents[c.name])) for c in table.conditions]
-        return sorted(scored, key=lambda pair: -pair[1])  # stable: ties stay in table order
-
-    return rank
+def _unique(lists: Iterable[Iterable[str]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for names in lists for name in names))
