@@ -42,14 +42,29 @@ class KVCache:
 
         The length stays: the model advances it once all layers have appended. The third is for FixedCache.
         """
-        T = k.shape[1]
-        end = self.length + T
-        if end > self.max_len:
-            raise ValueError(f"the KV cache holds {self.max_len} positions; {end} are needed")
+        self._check_room(k.shape[1])
+        end = self.length + k.shape[1]
         keys, values = self._kv[layer, : self.batch, :, :end].transpose(1, 2).chunk(2, 2)
         keys[:, self.length :] = k
         values[:, self.length :] = v
         return keys, values, None
+
+    def is_plain_row(self) -> bool:
+        """Whether next_position() can be asked for."""
+        return self.batch == 1 and self.first is None and self._kv.is_cpu and self._kv.dtype == torch.float32
+
+    def next_position(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """For each layer: where the row's next keys and values (2G, K) go; and all of them with it, (1, G, S, K) each.
+
+        Views, made for all layers at once: append() takes ten times as long. ValueError where the cache is full.
+        """
+        self._check_room(1)
+        keys, values = self._kv[..., : self.length + 1, :].chunk(2, 2)
+        return self._kv[:, 0, :, self.length].unbind(), keys.unbind(), values.unbind()
+
+    def _check_room(self, T: int) -> None:
+        if (needed := self.length + T) > self.max_len:
+            raise ValueError(f"the KV cache holds {self.max_len} positions; {needed} are needed")
 
     def advance(self, T: int) -> None:
         """Count T appended positions as filled."""

@@ -204,7 +204,10 @@ def faster(linears: Sequence[nn.Module]) -> nn.Module | None:
         return None
     if all(type(child) is nn.Linear for child in linears):
         weights = [child.weight.detach() for child in linears]
-        return _of_floats(weights[0] if len(weights) == 1 else torch.cat(weights))
+        if len(weights) == 1:
+            return _of_floats(weights[0])
+        joined = torch.cat(weights)
+        return _of_floats(joined) or linear(joined)
     if all(type(child) is QuantisedLinear for child in linears):
         codes, scales = [child.codes for child in linears], [child.scales for child in linears]
         return _of_codes(Packed(torch.cat(codes), torch.cat(scales)), linears[0].bits)

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from llama import few_rows
+from llama import few_rows, one_row
 from llama.cache import KVCache
 from llama.chat import ChatFormat, Dialogue, Message, fit, render
 from llama.fixed_step import FixedStep, can_capture
 from llama.model import Llama
+from llama.one_row import OneRow
 from llama.quantize import QuantisedLinear, Scheme, nearest
 from llama.sampling import Sampler, SamplingParams
 from llama.tokenizer import Tokenizer
@@ -125,13 +126,13 @@ class Doctor:
 class Context:
     """What a model has read in one conversation: the ids and their KV cache, which grows as needed.
 
-    Single tokens run as a CUDA graph where that is possible, or compiled where that is asked for.
+    Single tokens run as a CUDA graph or a OneRow where that is possible, or compiled where that is asked for.
     """
 
     def __init__(self, model: Llama, compiled: bool = False) -> None:
         self.model = model
         self.compiled = compiled
-        self._step: FixedStep | None = None
+        self._step: FixedStep | OneRow | None = None
         self.ids: list[int] = []
         self.cache: KVCache | None = None
         self.reused = 0  # ids of the latest prompt that did not have to be run
@@ -163,10 +164,14 @@ class Context:
         """From tokens (1, 1) behind what was read to logits (1, 1, V)."""
         cache = self.cache
         assert cache is not None
-        if not (self.compiled or can_capture(self.model)):
-            return lambda tokens: self.model(tokens, cache=cache, last_only=True)
-        if self._step is None or self._step.cache is not cache:
+        if self._step is not None and self._step.cache is cache:
+            return self._step
+        if self.compiled or can_capture(self.model):
             self._step = FixedStep(self.model, cache, self.compiled)
+        elif one_row.takes(self.model, cache):
+            self._step = OneRow(self.model, cache)
+        else:
+            return lambda tokens: self.model(tokens, cache=cache, last_only=True)
         return self._step
 
 

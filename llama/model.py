@@ -162,7 +162,7 @@ class Llama(nn.Module):
         if cache is not None and documents is None and (starts := cache.starts(T)) is not None:
             documents = (starts, torch.full_like(starts, past + T))
         if cache is not None and cache.place is not None:
-            rotation = tuple(table[cache.place] for table in self._tables(cache.max_len, x.device))
+            rotation = tuple(table[cache.place] for table in self.rotation(cache.max_len, x.device))
         else:
             rotation = self._rotation_at(past, T, documents, x.device)
         for i, layer in enumerate(self.layers):
@@ -185,14 +185,14 @@ class Llama(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """cos and sin of the T new positions: (T, K/2), or (B, T, K/2) where rows or documents restart."""
         needed = past + T
-        cos, sin = self._tables(needed, device)
+        cos, sin = self.rotation(needed, device)
         if documents is None:
             return cos[past:needed], sin[past:needed]
         positions = torch.arange(past, needed, device=device) - documents[0][:, past:]
         return cos[positions], sin[positions]
 
-    def _tables(self, needed: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos and sin of all positions below `needed`, and some more."""
+    def rotation(self, needed: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin of all positions below `needed`, and some more, fp32 (positions, K/2)."""
         if self._rotation is None or self._rotation[0].shape[0] < needed or self._rotation[0].device != device:
             with torch.inference_mode(False):  # decoding may come first, and training must still be able to use it
                 self._rotation = rotation_table(self.config, max(512, 2 ** math.ceil(math.log2(needed))), device)
@@ -203,7 +203,7 @@ def _memory_of(cache: KVCache, layer: int) -> Memory:
     return lambda k, v: cache.append(layer, k, v)
 
 
-def rotation_table(c: LlamaConfig, length: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+def rotation_table(c: LlamaConfig, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin of every position below length, fp32 (length, K/2)."""
     angles = torch.outer(torch.arange(length, device="cpu").float(), rotation_frequencies(c))
     return angles.cos().to(device), angles.sin().to(device)
