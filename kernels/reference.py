@@ -112,8 +112,8 @@ def attention_bounded(q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor
 def to_codes(x: Tensor) -> tuple[Tensor, Tensor]:
     """x (..., K) as int8 codes and a scale for each K numbers, fp32 (...): the largest magnitude is 127 scales.
 
-    What is smaller than 1e-28 throughout becomes 0. Scales in 16 bits would save 2 bytes of K + 4, and be out of their
-    range where numbers are small.
+    A scale is 1e-30 at least, also of zeros. In 16 bits it would save 2 bytes of K + 4, and be out of its range where
+    numbers are small.
     """
     x = x.float()
     scales = (x.abs().amax(-1) / 127).clamp_min(1e-30)

@@ -1,9 +1,9 @@
 """The keys and values of the tokens seen so far. Owned by whoever decodes; the model only appends to them.
 
 KVCache holds rows that begin and end together, or end together after beginning at `first`. RaggedCache is for rows that
-join and leave while others go on (batching.py). With dtype int8 they hold codes: each head of a position is rounded as it
-is appended, with a scale of its own, and even the tokens that come with it attend to what was rounded. So nothing that a
-cache goes through later changes a bit of what it holds.
+join and leave while others go on (batching.py). With dtype int8 they hold codes: each head of a position is rounded as
+it is appended, with a scale of its own, and even the tokens that come with it attend to what was rounded. So nothing
+that a cache goes through later changes a bit of what it holds.
 """
 
 from __future__ import annotations
