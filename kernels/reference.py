@@ -14,7 +14,7 @@ from torch.autograd.function import FunctionCtx
 TILE = 128  # query rows per tile where documents or a cache bound what a row may see
 CALL = 20_000  # numbers of k that are read while attention of one row is called
 LOGITS_BYTES = 64 * 2**20  # fp32 logits held at a time by linear_cross_entropy
-CODES = 2**19  # numbers of a cache made from codes at a time: 2 MiB in fp32, which stay in a core's cache
+CODES = 2**20  # numbers of keys, and of values, made from codes at a time: 4 MiB in fp32, near enough to two cores
 DEQUANTISED = 2**22  # numbers made from codes at a time: 16 MiB in fp32, whatever the matrix
 ADAMW_NUMBERS = 2**18  # of a parameter at a time: what adamw needs beside it stays in the cache
 
@@ -168,30 +168,29 @@ def _one_query_of_codes(
         starts = documents[0][:, -1].tolist()
         left = min(starts)
         if _apart(starts, G * K):
-            rows = zip(q.split(1), k.split(1), v.split(1), *(s.split(1) for s in scales), starts, strict=True)
-            return torch.cat(
-                [
-                    _one_query_of_codes(a, b[:, i:], c[:, i:], (d[:, i:], e[:, i:]), None, None)
-                    for a, b, c, d, e, i in rows
-                ]
-            )
+            tensors = zip(q.split(1), k.split(1), v.split(1), *(s.split(1) for s in scales), starts, strict=True)
+            each = ((a, *(t[:, i:] for t in others)) for a, *others, i in tensors)
+            return torch.cat([_one_query_of_codes(a, b, c, (d, e), None, None) for a, b, c, d, e in each])
         k, v, scales = k[:, left:], v[:, left:], (scales[0][:, left:], scales[1][:, left:])
         if max(starts) > left:
             hidden = (torch.arange(left, S) < torch.tensor(starts)[:, None])[:, None, None]
     elif documents is not None:
         hidden = ~_visible(documents[0], S - 1, S, 0)
-    rows_of_heads = q.float().view(B, G, H // G, K) * K**-0.5
-    k, v = k.transpose(1, 2), v.transpose(1, 2)
-    k_scales, v_scales = (s.transpose(1, 2)[:, :, None] for s in scales)
-    some = max(1, CODES // (B * k.shape[2] * K))
-    parts = []
-    for g in range(0, G, some):
-        part = slice(g, g + some)
-        scores = (rows_of_heads[:, part] @ k[:, part].float().mT).mul_(k_scales[:, part])
-        if hidden is not None:
-            scores.masked_fill_(hidden, float("-inf"))
-        parts.append(scores.softmax(-1).mul_(v_scales[:, part]) @ v[:, part].float())
+    heads = [t.transpose(1, 2) for t in (k, v, *scales)]
+    rows = q.float().view(B, G, H // G, K) * K**-0.5
+    some = max(1, CODES // (B * k.shape[1] * K))
+    if some >= G:
+        return _of_codes(rows, *heads, hidden).to(q.dtype).view(B, 1, H, K)
+    parts = [_of_codes(*(t[:, g : g + some] for t in (rows, *heads)), hidden) for g in range(0, G, some)]
     return torch.cat(parts, 1).to(q.dtype).view(B, 1, H, K)
+
+
+def _of_codes(rows: Tensor, k: Tensor, v: Tensor, k_scales: Tensor, v_scales: Tensor, hidden: Tensor | None) -> Tensor:
+    """rows (B, G, H / G, K), fp32 and scaled, over k, v (B, G, S, K) and their scales (B, G, S)."""
+    scores = (rows @ k.float().mT).mul_(k_scales[:, :, None])
+    if hidden is not None:
+        scores.masked_fill_(hidden, float("-inf"))
+    return scores.softmax(-1).mul_(v_scales[:, :, None]) @ v.float()
 
 
 def _each_row(q: Tensor, k: Tensor, v: Tensor, starts: list[int]) -> Tensor:

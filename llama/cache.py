@@ -58,17 +58,22 @@ class KVCache:
         end = self.length + T
         if end > self.max_len:
             raise ValueError(f"the KV cache holds {self.max_len} positions; {end} are needed")
-        held = self._held(layer, end)
-        for t, new in _parts(held, k, v):
+        parts, held = self._parts(layer, end, k, v)
+        for t, new in parts:
             t[:, self.length :] = new
-        return held
+        return *held[:2], None, held[2]
 
-    def _held(self, layer: int, end: int, length: Tensor | None = None) -> Held:
-        """Views of the first `end` positions."""
-        keys, values = self._kv[layer, : self.batch, :, :end].transpose(1, 2).chunk(2, 2)
+    def _parts(
+        self, layer: int, end: int, k: Tensor, v: Tensor
+    ) -> tuple[list[tuple[Tensor, Tensor]], tuple[Tensor, Tensor, kernels.Scales | None]]:
+        """What holds the first `end` positions, each part with what k and v add to it; keys, values and scales."""
+        kv = self._kv[layer, : self.batch, :, :end].transpose(1, 2)
+        keys, values = kv.chunk(2, 2)
         if self._scales is None:
-            return keys, values, length, None
-        return keys, values, length, self._scales[layer, : self.batch, :, :end].transpose(1, 2).chunk(2, 2)
+            return [(keys, k), (values, v)], (keys, values, None)
+        scales = self._scales[layer, : self.batch, :, :end].transpose(1, 2)
+        new = kernels.to_codes(torch.cat((k, v), 2))
+        return list(zip((kv, scales), new, strict=True)), (keys, values, scales.chunk(2, 2))
 
     def _replace(self, tensors: list[Tensor]) -> None:
         self._kv, self._scales = tensors[0], tensors[1] if len(tensors) > 1 else None
@@ -112,15 +117,6 @@ class KVCache:
         return torch.where(columns < first, 0, first).to(torch.int32)
 
 
-def _parts(held: Held, k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Every tensor of what is held, with what k and v add to it."""
-    keys, values, _, scales = held
-    if scales is None:
-        return [(keys, k), (values, v)]
-    codes, new = kernels.to_codes(torch.cat((k, v), 2))
-    return list(zip((keys, values, *scales), (*codes.chunk(2, 2), *new.chunk(2, 2)), strict=True))
-
-
 class FixedCache(KVCache):
     """The same storage as a KVCache, for one token at a time, whose place is a number on the device.
 
@@ -136,10 +132,10 @@ class FixedCache(KVCache):
     def append(self, layer: int, k: Tensor, v: Tensor) -> Held:
         """Write k, v (B, 1, G, K) at the place; the storage (B, max_len, G, K), and how much counts, int32 (1,)."""
         assert self.place is not None
-        held = self._held(layer, self.max_len, (self.place + 1).int())
-        for t, new in _parts(held, k, v):
+        parts, held = self._parts(layer, self.max_len, k, v)
+        for t, new in parts:
             t.index_copy_(1, self.place, new.to(t.dtype))
-        return held
+        return *held[:2], (self.place + 1).int(), held[2]
 
     def advance(self, T: int) -> None:
         """The place is set from outside."""
