@@ -25,6 +25,8 @@ from llama.command_line import LATEST, Parser
 from llama.screen import Screen
 
 if TYPE_CHECKING:  # torch takes seconds to import: --help and wrong flags must not wait for it
+    import torch
+
     from llama.generation import Answer, Doctor
     from llama.sampling import SamplingParams
     from llama.speculative import Drafter
@@ -78,6 +80,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         metavar="N",
         help="keep N of the model's blocks in the CPU's memory and have them travel to the GPU for every token; "
         "without N: as few as must",
+    )
+    add(
+        "--kv_cache",
+        choices=["full", "int8"],
+        default="full",
+        help="int8: what was read is remembered in 8 bits, a quarter of its memory on a CPU and half on a GPU (full)",
     )
     add("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1, ...")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: as the weights are stored")
@@ -141,6 +149,7 @@ def load(args: argparse.Namespace) -> Doctor:
     from llama.generation import Doctor, stream
 
     dtype = args.dtype and getattr(torch, args.dtype)
+    cache_dtype = torch.int8 if args.kv_cache == "int8" else None
     if LAUNCHED:
         model, device, rank, ranks = placement.over_ranks(path, args.device, dtype, args.kernels)
     else:
@@ -158,11 +167,12 @@ def load(args: argparse.Namespace) -> Doctor:
         max_new_tokens=max_new_tokens,
         stop=tuple(args.stop),
         weights=f"int{scheme.bits}" if (scheme := checkpoint.load_scheme(path)) else "",
-        drafter=_drafter(args, tokenizer, device),
+        drafter=_drafter(args, tokenizer, device, cache_dtype),
         on_overflow=args.on_overflow,
         rank=rank,
         ranks=ranks,
         compiled=args.compile,
+        cache_dtype=cache_dtype,
     )
     if ranks > 1 and args.seed is None:  # all must draw the same
         seed = doctor.shared(lambda: secrets.randbits(62))
@@ -179,7 +189,9 @@ def load(args: argparse.Namespace) -> Doctor:
     return doctor
 
 
-def _drafter(args: argparse.Namespace, tokenizer: Tokenizer, device: str) -> Drafter | None:
+def _drafter(
+    args: argparse.Namespace, tokenizer: Tokenizer, device: str, cache_dtype: torch.dtype | None
+) -> Drafter | None:
     if args.draft is None and args.speculate != "lookup":
         return None
     from llama.speculative import Drafter, DraftModel, Lookup
@@ -200,7 +212,7 @@ def _drafter(args: argparse.Namespace, tokenizer: Tokenizer, device: str) -> Dra
         )
     model = checkpoint.load_model(path, device, args.dtype and getattr(torch, args.dtype)).eval()
     lay_out_for_decoding(model)
-    return Drafter(DraftModel(model))
+    return Drafter(DraftModel(model, cache_dtype))
 
 
 def _latest() -> Path:
@@ -307,7 +319,7 @@ def answer_file(doctor: Doctor, args: argparse.Namespace) -> int:
     source, target = Path(args.input), Path(args.output)
     records, answered = doctor.shared(lambda: _begin(source, target))
     todo = deque(r for r in records if r[0] not in answered)
-    batch = Batch(doctor.model, doctor.tokenizer, args.batch_size)
+    batch = Batch(doctor.model, doctor.tokenizer, args.batch_size, cache_dtype=doctor.cache_dtype)
     open_lines: dict[Answer, tuple[int, Any]] = {}
     rejected, tokens, began = 0, 0, time.perf_counter()
     with (

@@ -85,6 +85,15 @@ def decode(K: int, dtype: torch.dtype, packed: bool) -> None:
     decode.attention(q, k, v, borders(2, 300) if packed else None)
 
 
+def decode_codes(K: int, dtype: torch.dtype, bounded: bool) -> None:
+    from kernels import decode, reference
+
+    q, k, v = (normal(2, t, n, K, dtype=dtype).detach() for t, n in ((1, 8), (300, 2), (300, 2)))
+    (k, k_scales), (v, v_scales) = reference.to_codes(k), reference.to_codes(v)
+    length = torch.full((1,), 300, dtype=torch.int32) if bounded else None
+    decode.attention(q, k, v, None if bounded else borders(2, 300), length, (k_scales, v_scales))
+
+
 def norm(D: int, dtype: torch.dtype, residual: bool) -> None:
     from kernels import norm
 
@@ -153,6 +162,8 @@ def scenes(everyday: bool) -> dict[str, Callable[[], None]]:
                 if not everyday or (bf16 and K == 128):
                     how = " packed" if packed else ""
                     found[f"decode {short} {K}{how}"] = partial(decode, K, dtype, packed)
+                    how = " packed" if packed else " bounded"
+                    found[f"decode codes {short} {K}{how}"] = partial(decode_codes, K, dtype, not packed)
         if not everyday:
             found[f"attention {short} 128 packed, 1 head a group"] = partial(attention, 128, dtype, (2, 2), True)
         for D in (288, 2048, 4096, 8192, 16384):

@@ -72,10 +72,11 @@ class Doctor:
     rank: int = 0
     ranks: int = 1
     compiled: bool = False  # steps of one token by torch.compile
+    cache_dtype: torch.dtype | None = None  # of the KV cache; None: as what lies between two products
 
     def context(self) -> Context:
         """For a new conversation."""
-        return Context(self.model, self.compiled)
+        return Context(self.model, self.compiled, self.cache_dtype)
 
     def shared(self, work: Callable[[], Result]) -> Result:
         """What work returns; it runs on rank 0 alone. For all that comes from outside: terminal, files, chance."""
@@ -120,7 +121,8 @@ class Doctor:
         ranks = f", split over {self.ranks} ranks" if self.ranks > 1 else ""
         size = f"{n / 1e9:.1f}B" if n >= 1e9 else f"{n / 1e6:.1f}M" if n >= 1e6 else f"{n:,}"
         kind = self.weights or str(weight.dtype).removeprefix("torch.")
-        return f"{self.name}: {size} parameters, {kind} on {weight.device}{ranks}"
+        cache = "" if self.cache_dtype is None else f", KV cache {str(self.cache_dtype).removeprefix('torch.')}"
+        return f"{self.name}: {size} parameters, {kind} on {weight.device}{ranks}{cache}"
 
 
 class Context:
@@ -129,9 +131,10 @@ class Context:
     Single tokens run as a CUDA graph or a OneRow where that is possible, or compiled where that is asked for.
     """
 
-    def __init__(self, model: Llama, compiled: bool = False) -> None:
+    def __init__(self, model: Llama, compiled: bool = False, cache_dtype: torch.dtype | None = None) -> None:
         self.model = model
         self.compiled = compiled
+        self.cache_dtype = cache_dtype
         self._step: FixedStep | OneRow | None = None
         self.ids: list[int] = []
         self.cache: KVCache | None = None
@@ -152,7 +155,7 @@ class Context:
         if self.compiled:
             room = min(max(COMPILED_ROOM, 1 << (room - 1).bit_length()), self.model.config.max_seq_len)
         if self.cache is None:
-            self.cache = _new_cache(self.model, 1, room)
+            self.cache = new_cache(self.model, 1, room, self.cache_dtype)
         elif self.cache.max_len < room:
             # By doubling: a conversation copies its cache a few times, and never holds a context it does not use.
             self.cache = self.cache.grown(min(max(room, 2 * self.cache.max_len), self.model.config.max_seq_len))
@@ -175,9 +178,10 @@ class Context:
         return self._step
 
 
-def _new_cache(model: Llama, rows: int, room: int) -> KVCache:
-    weight = model.norm.weight  # its number type is that of everything between two products
-    return KVCache(model.config, rows, room, device=weight.device, dtype=weight.dtype)
+def new_cache(model: Llama, rows: int, room: int, dtype: torch.dtype | None = None) -> KVCache:
+    """A KV cache where the model is; dtype None: as what lies between two products."""
+    weight = model.norm.weight
+    return KVCache(model.config, rows, room, weight.device, dtype or weight.dtype)
 
 
 def room_for(model: Llama, prompt: Sequence[int], max_new_tokens: int) -> int:

@@ -18,7 +18,7 @@ import torch.nn as nn
 from torch import Tensor
 
 import kernels
-from llama.cache import KVCache
+from llama.cache import Held, KVCache
 from llama.chat import IGNORE
 from llama.config import LlamaConfig, RopeScaling
 
@@ -57,8 +57,8 @@ class Attention(nn.Module):
         q, k, v = (y.view(B, T, -1, self.head_dim) for y in self.project(x))
         q, k = kernels.rope(q, k, *rotation)
         if memory is not None:
-            k, v, length = memory(k, v)
-            return self.o(kernels.attention(q, k, v, documents, length).reshape(B, T, -1))
+            k, v, length, scales = memory(k, v)
+            return self.o(kernels.attention(q, k, v, documents, length, scales).reshape(B, T, -1))
         return self.o(kernels.attention(q, k, v, documents).reshape(B, T, -1))
 
 
@@ -99,8 +99,9 @@ class Block(nn.Module):
         return x + self.mlp(y)
 
 
-# What a cached layer calls with its new k and v to get all of them, and where only the device knows, how many they are.
-Memory = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]
+# What a cached layer calls with its new k and v to get all of them, where only the device knows, how many they are, and
+# where they are codes, their scales.
+Memory = Callable[[Tensor, Tensor], Held]
 # What makes the weights of the tokens' losses from the last hidden states, the head and the targets.
 Weigh = Callable[[Tensor, Tensor, Tensor], Tensor]
 
