@@ -12,6 +12,7 @@ import pytest
 
 import convert_weights
 import generate
+from data.diseases import load_table
 from llama.arguments import parse
 from llama.config import PRESETS
 
@@ -132,6 +133,7 @@ def test_training_figures_are_measured(shape: str) -> None:
 
 
 def test_default_run_is_measured() -> None:
+    assert f"from a table of {len(load_table().conditions)} conditions" in README
     r = json.loads((ROOT / "bench/results/default_cpu.json").read_text())["results"]
     assert f"{r['wall_seconds']:.0f} s, {r['tokens_per_s']:,} tokens/s" in README
     for title, shares in r["named_right"].items():
