@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 from torch import Tensor
 
-from bench import lines, models
+from bench import hugging_face, lines, models
 from bench.timing import Clock, copy_bytes_per_second
 from llama.cache import KVCache
 from llama.config import PRESETS, LlamaConfig
@@ -262,11 +262,11 @@ def measure(line: Line, device: torch.device) -> dict[str, Any]:
 
 def theirs(config: LlamaConfig, line: Line, device: torch.device) -> dict[str, Any]:
     """transformers' generate() as it comes: SDPA, a growing cache, no graph."""
-    model = models.transformers_model(config, dtype=getattr(torch, line.kind), device=device).eval()
+    model = hugging_face.model_of(config, dtype=getattr(torch, line.kind), device=device).eval()
     passes = []
     for seed in range(2 if line.rows > 1 else ANSWERS):  # the first warms up
         tokens = prompts(config, line, seed).to(device)
-        passes.append(models.transformers_answers(model, tokens, line.new)[:2])
+        passes.append(hugging_face.answers(model, tokens, line.new)[:2])
     first, others = (statistics.median(seconds) for seconds in zip(*passes[1:], strict=True))
     return {
         "first_token_s": first,

@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 from torch import Tensor
 
-from bench import lines, models
+from bench import hugging_face, lines
 from bench.kernel_work import document_lengths
 from llama import lora, nf4, parallel, planner
 from llama.arguments import TrainArguments
@@ -201,7 +201,7 @@ def theirs(config: LlamaConfig, line: Line, device: torch.device) -> Step:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
         apply_liger_kernel_to_llama()
-    model = models.transformers_model(config, device=device, use_cache=False).train()
+    model = hugging_face.model_of(config, device=device, use_cache=False).train()
     if line.recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench import bench_decode_gpu as bench
-from bench import models
+from bench import hugging_face, models
 from llama.cache import KVCache
 from llama.config import PRESETS
 from llama.model import Llama
@@ -91,11 +91,11 @@ def test_transformers_has_our_weights() -> None:
     config = PRESETS["tiny"]
     model = Llama(config)
     model.init_weights(0)
-    theirs = models.transformers_model(config, model.state_dict()).eval()
+    theirs = hugging_face.model_of(config, model.state_dict()).eval()
     tokens = torch.randint(3, 2000, (1, 9))
     with torch.inference_mode():
         torch.testing.assert_close(theirs(tokens).logits, model(tokens), rtol=1e-4, atol=1e-4)
-        _, _, ids = models.transformers_answers(theirs, tokens, 4)
+        _, _, ids = hugging_face.answers(theirs, tokens, 4)
         for i in range(4):
             assert model(torch.cat((tokens, ids[:, :i]), 1))[0, -1].argmax() == ids[0, i]
 
