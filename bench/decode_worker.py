@@ -32,7 +32,7 @@ def ours(kind: str, path: str, threads: int, compiled: bool = False) -> Run:
     from llama.sampling import SamplingParams
 
     torch.set_num_threads(threads)
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(kind)  # quantised: as stored
+    dtype = None if kind.startswith("int") else getattr(torch, kind)  # quantised: as stored
     model = checkpoint.load_model(path, dtype=dtype).eval()
     lay_out_for_decoding(model)
     greedy = SamplingParams(temperature=0.0, repetition_penalty=1.0)

@@ -49,6 +49,42 @@ def test_packed_products_err_no_more_than_linears(rows: tuple[int, int]) -> None
         assert (y.double() - exact).abs().max() <= 2 * plain
 
 
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("rows", [(1, 1), (3, 1), (4, 1), (2, 40)])
+@pytest.mark.parametrize("piece", [64, 1000, 1 << 20])
+def test_fp16_products_err_no_more_than_linears(
+    rows: tuple[int, int], piece: int, onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if onednn and not few_rows.has_onednn():
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(few_rows, "has_onednn", lambda: onednn)
+    monkeypatch.setattr(few_rows, "WIDENED", piece)
+    weight, x = random(33, 64).half(), random(*rows, 64, seed=1)
+    exact = nn.functional.linear(x.double(), weight.double())
+    plain = (nn.functional.linear(x.half(), weight).double() - exact).abs().max()
+    y = few_rows.HalfLinear(weight)(x)
+    assert y.dtype == torch.float32
+    assert y.shape == (*rows, 33)
+    assert (y.double() - exact).abs().max() <= (2 * plain if y.numel() <= 3 * 33 else 1e-4)
+
+
+def test_many_rows_never_meet_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no fast product of them: 64 rows took 15 times as long as in bf16."""
+    made: list[torch.dtype] = []
+    right = nn.functional.linear
+
+    def counted(x: Tensor, weight: Tensor) -> Tensor:
+        made.append(weight.dtype)
+        return right(x, weight)
+
+    monkeypatch.setattr(few_rows.F, "linear", counted)
+    monkeypatch.setattr(few_rows, "has_onednn", lambda: False)
+    module = few_rows.HalfLinear(random(16, 32).half())
+    for rows in (1, 3, 4, 65):
+        module(random(rows, 32))
+    assert made == [torch.float16] * 2 + [torch.float32] * 2
+
+
 SCHEMES = [Scheme(8, 0), Scheme(4, 32), Scheme(4, 64), Scheme(4, 128)]
 
 
@@ -119,7 +155,7 @@ def test_linears_of_several_kinds_are_not_joined() -> None:
     assert type(parent.a) is nn.Linear
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_model_laid_out_gives_the_same_logits(dtype: torch.dtype, tied: bool) -> None:
     config = LlamaConfig(32, 2, 4, 2, 48, 100, tie_embeddings=tied)
