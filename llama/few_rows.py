@@ -222,15 +222,20 @@ def has_packed() -> bool:
 def faster(linears: Sequence[nn.Module]) -> nn.Module | None:
     """The module that multiplies fp32 rows by all of these weights at once, faster than they do one by one.
 
-    None where there is none. 16-bit and quantised weights always get one, for theirs are not fp32 rows.
+    None where there is none. On a CPU 16-bit and quantised weights always get one, for theirs are not fp32 rows; on a
+    GPU only several weights gain, by being one.
     """
     if any(child.bias is not None for child in linears if isinstance(child, nn.Linear)):
         return None
     if all(type(child) is nn.Linear for child in linears):
         weights = [child.weight.detach() for child in linears]
+        if len(weights) == 1 and weights[0].device.type != "cpu":
+            return None
         return _of_floats(weights[0] if len(weights) == 1 else torch.cat(weights))
     if all(type(child) is QuantisedLinear for child in linears):
         codes, scales = [child.codes for child in linears], [child.scales for child in linears]
+        if len(codes) == 1 and codes[0].device.type != "cpu":
+            return None
         return _of_codes(Packed(torch.cat(codes), torch.cat(scales)), linears[0].bits)
     return None
 

@@ -12,7 +12,7 @@ from llama import few_rows
 from llama.config import LlamaConfig
 from llama.generation import lay_out_for_decoding
 from llama.model import Llama
-from llama.quantize import QuantisedLinear, Scheme, nearest, replace
+from llama.quantize import QuantisedLinear, Scheme, empty, nearest, replace
 
 
 @pytest.fixture(autouse=True)
@@ -204,3 +204,18 @@ def test_small_biased_and_foreign_layers_stay(monkeypatch: pytest.MonkeyPatch) -
     layers = nn.ModuleList([nn.Linear(5, 5, bias=False), nn.Linear(20, 20), nn.Linear(20, 20, bias=False).double()])
     few_rows.lay_out(layers)
     assert all(type(m) is nn.Linear for m in layers)
+
+
+@pytest.mark.parametrize("scheme", [None, Scheme(8, 0), Scheme(4, 32)])
+def test_off_the_cpu_weights_are_joined_and_the_others_stay(scheme: Scheme | None) -> None:
+    """On meta, which stands in for a GPU: a lone weight gains nothing, and a quantised one would be copied."""
+    with torch.device("meta"):
+        model = Llama(LlamaConfig(64, 2, 4, 2, 128, 100))
+    if scheme:
+        replace(model.layers, lambda _, linear: empty(linear, scheme, "meta", torch.bfloat16), scheme.bits)
+    lone = [m for layer in model.layers for m in (layer.attn.o, layer.mlp.down)]
+    lay_out_for_decoding(model)
+    assert [m for layer in model.layers for m in (layer.attn.o, layer.mlp.down)] == lone
+    kind = QuantisedLinear if scheme else nn.Linear
+    assert {type(layer.attn.joined) for layer in model.layers} == {kind}
+    assert type(model.head) is kind
