@@ -138,6 +138,8 @@ def load(args: argparse.Namespace) -> Doctor:
 
         lora_files.load_config(adapter)
         path = path if args.checkpoint is not None else lora_files.base_of(adapter)
+        if other := lora_files.other_base(adapter, path):
+            print(f"warning: {adapter} was made for {other}, whose weights are not those of {path}", file=sys.stderr)
     elif args.checkpoint is None:
         path = _latest()
 
