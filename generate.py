@@ -25,6 +25,8 @@ from llama.command_line import LATEST, Parser
 from llama.screen import Screen, show
 
 if TYPE_CHECKING:  # torch takes seconds to import: --help and wrong flags must not wait for it
+    import torch
+
     from llama.attendant import Attendant
     from llama.generation import Answer, Doctor
     from llama.sampling import SamplingParams
@@ -91,6 +93,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         metavar="CARD.json",
         help="age, sex, pregnancy, allergies, conditions, medications of who asks; /patient edits it in the chat",
     )
+    add(
+        "--kv_cache",
+        choices=["full", "int8"],
+        default="full",
+        help="int8: what was read is remembered in 8 bits, a quarter of its memory on a CPU and half on a GPU (full)",
+    )
     add("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1, ...")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: as the weights are stored")
     add("--compile", action="store_true", help="single steps by torch.compile, 10-20 s at first use; slower on 2 cores")
@@ -144,6 +152,8 @@ def load(args: argparse.Namespace) -> Doctor:
 
         lora_files.load_config(adapter)
         path = path if args.checkpoint is not None else lora_files.base_of(adapter)
+        if other := lora_files.other_base(adapter, path):
+            print(f"warning: {adapter} was made for {other}, whose weights are not those of {path}", file=sys.stderr)
     elif args.checkpoint is None:
         path = _latest()
 
@@ -155,6 +165,7 @@ def load(args: argparse.Namespace) -> Doctor:
     from llama.generation import Doctor, stream
 
     dtype = args.dtype and getattr(torch, args.dtype)
+    cache_dtype = torch.int8 if args.kv_cache == "int8" else None
     if LAUNCHED:
         model, device, rank, ranks = placement.over_ranks(path, args.device, dtype, args.kernels)
     else:
@@ -172,11 +183,12 @@ def load(args: argparse.Namespace) -> Doctor:
         max_new_tokens=max_new_tokens,
         stop=tuple(args.stop),
         weights=f"int{scheme.bits}" if (scheme := checkpoint.load_scheme(path)) else "",
-        drafter=_drafter(args, tokenizer, device),
+        drafter=_drafter(args, tokenizer, device, cache_dtype),
         on_overflow=args.on_overflow,
         rank=rank,
         ranks=ranks,
         compiled=args.compile,
+        cache_dtype=cache_dtype,
     )
     doctor = dataclasses.replace(doctor, attendants=() if args.raw else _attendants(doctor, args))
     if ranks > 1 and args.seed is None:  # all must draw the same
@@ -214,7 +226,9 @@ def _attendants(doctor: Doctor, args: argparse.Namespace) -> tuple[Attendant, ..
     return tuple(found)
 
 
-def _drafter(args: argparse.Namespace, tokenizer: Tokenizer, device: str) -> Drafter | None:
+def _drafter(
+    args: argparse.Namespace, tokenizer: Tokenizer, device: str, cache_dtype: torch.dtype | None
+) -> Drafter | None:
     if args.draft is None and args.speculate != "lookup":
         return None
     from llama.speculative import Drafter, DraftModel, Lookup
@@ -235,7 +249,7 @@ def _drafter(args: argparse.Namespace, tokenizer: Tokenizer, device: str) -> Dra
         )
     model = checkpoint.load_model(path, device, args.dtype and getattr(torch, args.dtype)).eval()
     lay_out_for_decoding(model)
-    return Drafter(DraftModel(model))
+    return Drafter(DraftModel(model, cache_dtype))
 
 
 def _latest() -> Path:
@@ -349,7 +363,7 @@ def answer_file(doctor: Doctor, args: argparse.Namespace) -> int:
     source, target = Path(args.input), Path(args.output)
     records, answered = doctor.shared(lambda: _begin(source, target))
     todo = deque(r for r in records if r[0] not in answered)
-    batch = Batch(doctor.model, doctor.tokenizer, args.batch_size)
+    batch = Batch(doctor.model, doctor.tokenizer, args.batch_size, cache_dtype=doctor.cache_dtype)
     open_lines: dict[Answer, tuple[int, Any, Dialogue | None, list[str]]] = {}
     rejected, tokens, began = 0, 0, time.perf_counter()
     with (

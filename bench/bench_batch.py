@@ -11,9 +11,6 @@ Passes of all interleaved; medians. Writes bench/results/batch_cpu.json. On a sh
 from __future__ import annotations
 
 import argparse
-import copy
-import gc
-import json
 import statistics
 import sys
 import time
@@ -25,46 +22,19 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch
-from report import RESULTS, write
 
-from llama import layout, quantize
+from bench import hugging_face, report
+from bench.models import EOS, Pieces
+from llama import quantize
 from llama.batching import Batch
-from llama.config import PRESETS, LlamaConfig, to_hf
+from llama.config import PRESETS
 from llama.generation import Answer, Request, lay_out_for_decoding
 from llama.model import Llama
 from llama.quantize import Scheme
 from llama.sampling import SamplingParams
-from llama.tokenizer import StreamDecoder
 
 GREEDY = SamplingParams(temperature=0.0, repetition_penalty=1.0)
 CHATDOCTOR = SamplingParams(seed=0)
-EOS = 2
-
-
-def hugging_face(config: LlamaConfig, model: Llama, dtype: torch.dtype) -> Any:
-    """transformers' model with our weights."""
-    from transformers import LlamaConfig as HFConfig
-    from transformers import LlamaForCausalLM
-
-    hf = LlamaForCausalLM(HFConfig(**to_hf(config), pad_token_id=0)).to(dtype).eval()
-    tensors = model.state_dict()
-    hf.load_state_dict({e.hf: tensors[e.name] for e in layout.entries(config)}, strict=not config.tie_embeddings)
-    hf.tie_weights()
-    hf.generation_config.eos_token_id = None
-    return hf
-
-
-class Pieces:
-    """Stands in for a tokenizer of any size: every id is a word."""
-
-    bos_id, eos_id, unk_id = 1, EOS, 0
-
-    def __init__(self, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
-        self._bytes = [f" w{i}".encode() for i in range(vocab_size)]
-
-    def stream(self) -> StreamDecoder:
-        return StreamDecoder(self._bytes)
 
 
 def build(shape: str, dtype: str) -> tuple[Llama, Any]:
@@ -75,7 +45,9 @@ def build(shape: str, dtype: str) -> tuple[Llama, Any]:
         (model.embed if model.config.tie_embeddings else model.head).weight[EOS] = 0
     stored = torch.bfloat16 if dtype == "int8" else getattr(torch, dtype)
     model = model.to(stored).eval()
-    theirs = None if dtype == "int8" else hugging_face(model.config, copy.deepcopy(model), stored)
+    theirs = None
+    if dtype != "int8":
+        theirs = hugging_face.model_of(model.config, model.state_dict(), dtype=stored).eval()
     if dtype == "int8":
         scheme = Scheme(8, 0)
         quantize.replace(model.layers, lambda _, linear: quantize.nearest(linear.weight.detach(), scheme), 8)
@@ -148,26 +120,11 @@ def bench(shape: str, dtype: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--shapes", nargs="*", default=["tiny", "15m", "110m"], choices=sorted(PRESETS))
-    p.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16", "int8"])
+    p = report.parser(__doc__, shapes=["tiny", "15m", "110m"], dtypes=["float32", "bfloat16", "int8"], passes=3)
     p.add_argument("--rows", type=int, default=32)
     p.add_argument("--requests", type=int, default=192, help="a quarter of them at 110m")
-    p.add_argument("--passes", type=int, default=3)
-    p.add_argument("--threads", type=int, default=2)
-    p.add_argument("--output", type=Path, default=RESULTS / "batch_cpu.json")
     args = p.parse_args()
-    torch.set_num_threads(args.threads)
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    results = []
-    for shape in args.shapes:
-        for dtype in args.dtypes:
-            results.append(bench(shape, dtype, args))
-            print(json.dumps(results[-1]), flush=True)
-            gc.collect()
-    write(args.output, results, rows=args.rows, passes=args.passes)
+    report.run(args, bench, "batch_cpu.json", rows=args.rows)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     python -m bench.bench_compile                  # the everyday scenes against the baseline; exit code 1 on growth
     python -m bench.bench_compile --all            # every scene, on sm_86 too
     python -m bench.bench_compile --update         # compile everything and write the baseline anew
+    python -m bench.bench_compile --update --only bounded codes    # only scenes with such names; other rows stay
     PYTHONPATH=.venv/triton-3.6 python -m bench.bench_compile    # the same under triton 3.6
 
 A scene is a few lines that call a kernel file's public function, forward and backward, on shapes as in training or
@@ -78,11 +79,24 @@ def attention(K: int, dtype: torch.dtype, heads: tuple[int, int], packed: bool) 
     flash.attention(q, k, v, borders(1, 256) if packed else None).sum().backward()
 
 
-def decode(K: int, dtype: torch.dtype, packed: bool) -> None:
+def decode(K: int, dtype: torch.dtype, heads: tuple[int, int], how: str) -> None:
+    """how: "packed"; "bounded", by a length on the device, over a cache of fixed size as it lies; or ""."""
     from kernels import decode
 
+    H, G = heads
+    q = normal(2, 1, H, K, dtype=dtype).detach()
+    k, v = (normal(2, G, 300, K, dtype=dtype).detach().transpose(1, 2) for _ in range(2))
+    length = torch.ones(1, dtype=torch.int32) if how == "bounded" else None
+    decode.attention(q, k, v, borders(2, 300) if how == "packed" else None, length)
+
+
+def decode_codes(K: int, dtype: torch.dtype, bounded: bool) -> None:
+    from kernels import decode, reference
+
     q, k, v = (normal(2, t, n, K, dtype=dtype).detach() for t, n in ((1, 8), (300, 2), (300, 2)))
-    decode.attention(q, k, v, borders(2, 300) if packed else None)
+    (k, k_scales), (v, v_scales) = reference.to_codes(k), reference.to_codes(v)
+    length = torch.full((1,), 300, dtype=torch.int32) if bounded else None
+    decode.attention(q, k, v, None if bounded else borders(2, 300), length, (k_scales, v_scales))
 
 
 def norm(D: int, dtype: torch.dtype, residual: bool) -> None:
@@ -150,9 +164,13 @@ def scenes(everyday: bool) -> dict[str, Callable[[], None]]:
                 if not everyday or (bf16 and (K, packed) in ((64, True), (128, False), (128, True))):
                     how = " packed" if packed else ""
                     found[f"attention {short} {K}{how}"] = partial(attention, K, dtype, (8, 2), packed)
+            for how in ("", "packed", "bounded"):
                 if not everyday or (bf16 and K == 128):
-                    how = " packed" if packed else ""
-                    found[f"decode {short} {K}{how}"] = partial(decode, K, dtype, packed)
+                    found[f"decode {short} {K} {how}".strip()] = partial(decode, K, dtype, (8, 2), how)
+                    if how:
+                        found[f"decode codes {short} {K} {how}"] = partial(decode_codes, K, dtype, how == "bounded")
+        if not everyday or bf16:
+            found[f"decode {short} 128 bounded, 1 head a group"] = partial(decode, 128, dtype, (2, 2), "bounded")
         if not everyday:
             found[f"attention {short} 128 packed, 1 head a group"] = partial(attention, 128, dtype, (2, 2), True)
         for D in (288, 2048, 4096, 8192, 16384):
@@ -218,6 +236,10 @@ def architecture_of(key: str) -> int:
     return int(re.search(r", sm_(\d+)", key)[1])
 
 
+def scene_of(key: str) -> str:
+    return key.partition(", sm_")[0]
+
+
 def faults(rows: Rows) -> list[str]:
     """What is wrong whatever the baseline says."""
     found = []
@@ -253,6 +275,15 @@ def baseline_path() -> Path:
     return report.RESULTS / f"compile_{triton.__version__}.json"
 
 
+def merged(path: Path, rows: Rows, names: list[str]) -> Rows:
+    """The rows of the scenes with these names, and of the others what the baseline has, in the order of the scenes."""
+    order = {name: i for i, name in enumerate(scenes(everyday=False))}
+    kept = json.loads(path.read_text())["results"] if path.exists() else {}
+    kept = {key: row for key, row in kept.items() if scene_of(key) in order and scene_of(key) not in names}
+    whole = kept | rows
+    return {key: whole[key] for key in sorted(whole, key=lambda key: order[scene_of(key)])}
+
+
 def programs(architecture: int, row: Row) -> int:
     """How many of a kernel's programs one multiprocessor holds at a time."""
     warps, shared = (48, 100) if architecture in (86, 89, 120) else (64, 164 if architecture == 80 else 228)
@@ -278,6 +309,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--all", action="store_true", help="every scene, on sm_86 too")
     parser.add_argument("--update", action="store_true", help="write the baseline of this triton version anew")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="only scenes with such a word in their names")
     parser.add_argument("--arch", type=int, nargs="+", choices=sorted(SHARED_LIMIT), help="only these architectures")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--baseline", type=Path, default=baseline_path(), help="compare with another file")
@@ -286,7 +318,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--update writes the whole baseline, without --arch")
     everyday = not (args.all or args.update)
     architectures = tuple(args.arch or (EVERYDAY_ARCHITECTURES if everyday else ARCHITECTURES))
-    names = list(scenes(everyday))
+    names = [name for name in scenes(everyday) if not args.only or any(word in name for word in args.only)]
+    if not names:
+        parser.error(f"--only {' '.join(args.only)}: no scene has such a name")
     start = time.perf_counter()
     rows: Rows = {}
     print(HEADER)
@@ -296,14 +330,12 @@ def main(argv: list[str] | None = None) -> int:
     print(f"triton {triton.__version__}: {len(rows)} kernels in {time.perf_counter() - start:.0f} s")
     found = faults(rows)
     if args.update:
-        report.write(args.baseline, rows, one_line_each=True)
+        report.write(args.baseline, merged(args.baseline, rows, names), one_line_each=True)
     elif not args.baseline.exists():
         found.append(f"there is no baseline {args.baseline}: python -m bench.bench_compile --update")
     else:
         baseline = json.loads(args.baseline.read_text())["results"]
-        found += growth(
-            rows, baseline, lambda key: architecture_of(key) in architectures and key.partition(", sm_")[0] in names
-        )
+        found += growth(rows, baseline, lambda key: architecture_of(key) in architectures and scene_of(key) in names)
     for fault in found:
         print(fault, file=sys.stderr)
     return 1 if found else 0

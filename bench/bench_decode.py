@@ -37,9 +37,15 @@ from llama.model import Llama
 from llama.tokenizer import Tokenizer, train_tokenizer
 from llama.weights import stored_bytes
 
-FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What llama.cpp calls the like of each, and its number among llama_ftype.
-GGUF = {"float32": ("F32", 0), "bfloat16": ("BF16", 32), "int8": ("Q8_0", 7), "int4": ("Q4_0", 2)}
+GGUF = {
+    "float32": ("F32", 0),
+    "bfloat16": ("BF16", 32),
+    "int8": ("Q8_0", 7),
+    "int4": ("Q4_0", 2),
+    "float16": ("F16", 1),  # not among the default kinds
+}
 READ = 256 << 20  # bytes summed to measure the bandwidth
 
 
@@ -228,7 +234,7 @@ def seconds(command: list[str]) -> float:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--shapes", nargs="*", default=["15m", "110m", "1.1b"], choices=sorted(PRESETS))
-    p.add_argument("--kinds", nargs="*", default=list(GGUF), choices=list(GGUF))
+    p.add_argument("--kinds", nargs="*", default=list(GGUF)[:4], choices=list(GGUF))
     p.add_argument("--passes", type=int, default=5)
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--compiled", action="store_true", help="our steps by torch.compile as well")

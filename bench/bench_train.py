@@ -11,8 +11,6 @@ interleaved in one run; medians. transformers runs SDPA attention, bf16 by autoc
 from __future__ import annotations
 
 import argparse
-import gc
-import json
 import random
 import statistics
 import sys
@@ -24,15 +22,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch
-import transformers
-from report import RESULTS, write
-from transformers import LlamaForCausalLM
-from transformers.models.llama.configuration_llama import LlamaConfig as HFConfig
 
+from bench import hugging_face, report
 from data import loader
-from llama import checkpoint, layout, parallel
+from llama import checkpoint, parallel
 from llama.chat import IGNORE, ChatFormat, Dialogue, Message
-from llama.config import PRESETS, LlamaConfig, to_hf
+from llama.config import PRESETS, LlamaConfig
 from llama.model import Llama
 from llama.optimizer import clipped_step
 from llama.tokenizer import train_tokenizer
@@ -97,14 +92,9 @@ class Ours:
 
 class Theirs:
     def __init__(self, config: LlamaConfig, bf16: bool) -> None:
-        self.model = LlamaForCausalLM(HFConfig.from_dict({**to_hf(config), "pad_token_id": 0}))
         ours = Llama(config)
         ours.init_weights(0)
-        weights = ours.state_dict()
-        self.model.load_state_dict(
-            {e.hf: weights[e.name] for e in layout.entries(config)}, strict=not config.tie_embeddings
-        )
-        self.model.train()
+        self.model = hugging_face.model_of(config, ours.state_dict()).train()
         self.bf16 = bf16
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
 
@@ -128,8 +118,8 @@ class Theirs:
         return total
 
 
-def bench(shape: str, bf16: bool, passes: int) -> dict[str, Any]:
-    config = PRESETS[shape]
+def bench(shape: str, dtype: str, args: argparse.Namespace) -> dict[str, Any]:
+    config, bf16 = PRESETS[shape], dtype == "bfloat16"
     ours, theirs = Ours(config, bf16), Theirs(config, bf16)
     padded, packed = batches(config, "none"), batches(config, "step")
     runs = {
@@ -139,7 +129,7 @@ def bench(shape: str, bf16: bool, passes: int) -> dict[str, Any]:
     }
     times: dict[str, list[float]] = {name: [] for name in runs}
     first = {name: peer.step(step) for name, (peer, step) in runs.items() if name != "ours packed"}
-    for i in range(passes + 1):
+    for i in range(args.passes + 1):
         for name, (peer, step) in runs.items():
             begin = time.perf_counter()
             peer.step(step)
@@ -147,7 +137,7 @@ def bench(shape: str, bf16: bool, passes: int) -> dict[str, Any]:
                 times[name].append(time.perf_counter() - begin)
     parallel.shutdown()
     peer_times = times["transformers padded"]
-    result: dict[str, Any] = {"shape": shape, "dtype": "bfloat16" if bf16 else "float32", "real_tokens": padded.tokens}
+    result: dict[str, Any] = {"shape": shape, "dtype": dtype, "real_tokens": padded.tokens}
     for name, seconds in times.items():
         result[name] = {
             "seconds": round(statistics.median(seconds), 3),
@@ -160,22 +150,8 @@ def bench(shape: str, bf16: bool, passes: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--shapes", nargs="*", default=["tiny", "15m"], choices=sorted(PRESETS))
-    p.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
-    p.add_argument("--passes", type=int, default=5)
-    p.add_argument("--threads", type=int, default=2)
-    p.add_argument("--output", type=Path, default=RESULTS / "train_cpu.json")
-    args = p.parse_args()
-    torch.set_num_threads(args.threads)
-    transformers.logging.set_verbosity_error()
-    results = []
-    for shape in args.shapes:
-        for dtype in args.dtypes:
-            results.append(bench(shape, dtype == "bfloat16", args.passes))
-            print(json.dumps(results[-1]), flush=True)
-            gc.collect()
-    write(args.output, results, records=RECORDS, micro_batch=MICRO_BATCH, passes=args.passes)
+    args = report.parser(__doc__, shapes=["tiny", "15m"], dtypes=["float32", "bfloat16"], passes=5).parse_args()
+    report.run(args, bench, "train_cpu.json", records=RECORDS, micro_batch=MICRO_BATCH)
 
 
 if __name__ == "__main__":

@@ -16,14 +16,11 @@ Writes bench/results/train_<device>.json and prints the table. Without a GPU eve
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -34,12 +31,12 @@ sys.path.insert(0, str(ROOT))
 import torch
 from torch import Tensor
 
-from bench import report
+from bench import hugging_face, lines
 from bench.kernel_work import document_lengths
 from llama import lora, nf4, parallel, planner
 from llama.arguments import TrainArguments
 from llama.chat import IGNORE
-from llama.config import PRESETS, LlamaConfig, to_hf
+from llama.config import PRESETS, LlamaConfig
 from llama.lora_config import LoRAConfig
 from llama.model import Llama
 from llama.optimizer import SplitAdamW, clipped_step
@@ -204,12 +201,7 @@ def theirs(config: LlamaConfig, line: Line, device: torch.device) -> Step:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
         apply_liger_kernel_to_llama()
-    from transformers import LlamaForCausalLM
-    from transformers.models.llama.configuration_llama import LlamaConfig as HFConfig
-
-    with torch.device(device):
-        model = LlamaForCausalLM(HFConfig.from_dict({**to_hf(config), "pad_token_id": 0, "use_cache": False}))
-    model.train()
+    model = hugging_face.model_of(config, device=device, use_cache=False).train()
     if line.recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
@@ -297,10 +289,10 @@ def table(found: dict[str, dict[str, Any]]) -> list[str]:
     for line in found.values():
         if line["who"].startswith("adamw") and "real_tokens_per_s" in line:
             best[line["shape"]] = max(best.get(line["shape"], 0.0), line["real_tokens_per_s"])
-    lines = [f"{'training':62} {'tokens/s':>9} {'MFU':>6} {'memory':>9} {'planned':>9}  our best is"]
+    rows = [f"{'training':62} {'tokens/s':>9} {'MFU':>6} {'memory':>9} {'planned':>9}  our best is"]
     for name, line in found.items():
         if "real_tokens_per_s" not in line:
-            lines.append(f"{name:62} {line.get('failed', 'not measured')}")
+            rows.append(f"{name:62} {line.get('failed', 'not measured')}")
             continue
         mfu = "-" if line["mfu"] is None else f"{line['mfu']:.1%}"
         memory = "-" if line["peak_memory_bytes"] is None else f"{line['peak_memory_bytes'] / 2**30:.1f} GiB"
@@ -309,63 +301,20 @@ def table(found: dict[str, dict[str, Any]]) -> list[str]:
         ratio = "" if line["who"].startswith("adamw") or not against else f"{against:.2f}x"
         if line["who"].startswith("lora") and against:
             ratio = f"{1 / against:.2f}x of full fine-tuning's speed"
-        lines.append(f"{name:62} {line['real_tokens_per_s']:9,.0f} {mfu:>6} {memory:>9} {plan:>9}  {ratio}".rstrip())
+        rows.append(f"{name:62} {line['real_tokens_per_s']:9,.0f} {mfu:>6} {memory:>9} {plan:>9}  {ratio}".rstrip())
     if (seven := best.get("7b")) is not None:
         hours = ALPACA_TOKENS / seven / 3600
-        lines.append(
+        rows.append(
             f"Alpaca's stage (52,002 x 3 records) projected: {hours:.2f} GPU-hours; ChatDoctor's log says 25.96"
         )
-    return lines
+    return rows
 
 
-def worker(name: str, device: str) -> None:
-    """The child: one line, as JSON on stdout."""
-    line = next(line for line in LINES + TINY if line.name == name)
-    try:
-        found = measure(line, torch.device(device))
-    except Exception as e:
-        found = {"failed": f"{type(e).__name__}: {' '.join(str(e).split())}"[:200]}
-    print(json.dumps(found))
+TABLE = lines.Table("bench.bench_train_gpu", "train", LINES, TINY, measure, table, seconds=240.0, line_seconds=90.0)
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--only", nargs="*", help="these shapes: 7b, llama3.2-3b, llama3.2-1b; tiny")
-    p.add_argument("--seconds", type=float, default=240.0, help="begin no line after so long")
-    p.add_argument("--line-seconds", type=float, default=90.0, help="a line may take so long")
-    p.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    p.add_argument("--json", type=Path)
-    p.add_argument("--worker", help=argparse.SUPPRESS)
-    args = p.parse_args(argv)
-    if args.worker:
-        worker(args.worker, args.device)
-        return 0
-    lines = [line for line in LINES + TINY if line.shape in (args.only or {"7b", "llama3.2-3b", "llama3.2-1b"})]
-    there = args.device == "cpu" or torch.cuda.is_available()
-    deadline = time.monotonic() + args.seconds
-    found: dict[str, dict[str, Any]] = {}
-    for line in lines:
-        found[line.name] = asdict(line)
-        if there and time.monotonic() < deadline:
-            found[line.name] |= run(line, args)
-            print(line.name, file=sys.stderr, flush=True)
-    if there and (args.json or args.device == "cuda"):
-        name = "".join(c if c.isalnum() else "_" for c in report.device().lower())
-        report.write(args.json or report.RESULTS / f"train_{name}.json", found)
-    print("\n".join(table(found)))
-    return 0
-
-
-def run(line: Line, args: argparse.Namespace) -> dict[str, Any]:
-    """What the child found, or why it found nothing."""
-    command = [sys.executable, "-m", "bench.bench_train_gpu", "--worker", line.name, "--device", args.device]
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=args.line_seconds, check=False)
-    except subprocess.TimeoutExpired:
-        return {"failed": f"not done in {args.line_seconds:.0f} s"}
-    if done.returncode:
-        return {"failed": f"status {done.returncode}: {(done.stderr.strip().splitlines() or [''])[-1]}"[:200]}
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return lines.main(TABLE, __doc__, argv)
 
 
 if __name__ == "__main__":

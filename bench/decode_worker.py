@@ -32,7 +32,7 @@ def ours(kind: str, path: str, threads: int, compiled: bool = False) -> Run:
     from llama.sampling import SamplingParams
 
     torch.set_num_threads(threads)
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(kind)  # quantised: as stored
+    dtype = None if kind.startswith("int") else getattr(torch, kind)  # quantised: as stored
     model = checkpoint.load_model(path, dtype=dtype).eval()
     lay_out_for_decoding(model)
     greedy = SamplingParams(temperature=0.0, repetition_penalty=1.0)
@@ -51,7 +51,8 @@ def ours(kind: str, path: str, threads: int, compiled: bool = False) -> Run:
 def transformers(kind: str, path: str, threads: int) -> Run:
     import torch
     from transformers import AutoModelForCausalLM, logging
-    from transformers.generation.streamers import BaseStreamer
+
+    from bench import hugging_face
 
     torch.set_num_threads(threads)
     logging.set_verbosity_error()
@@ -60,26 +61,9 @@ def transformers(kind: str, path: str, threads: int) -> Run:
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
 
-    class Clock(BaseStreamer):
-        """Its own clock, read when a token arrives; the first to come is the prompt."""
-
-        def __init__(self) -> None:
-            self.times: list[float] = []
-
-        def put(self, value: torch.Tensor) -> None:
-            self.times.append(time.perf_counter())
-
-        def end(self) -> None: ...
-
     def run(prompt: list[int], new: int) -> tuple[float, float, list[int]]:
-        clock = Clock()
-        start = time.perf_counter()
-        with torch.inference_mode():
-            out = model.generate(
-                torch.tensor([prompt]), max_new_tokens=new, min_new_tokens=new, do_sample=False, streamer=clock,
-                repetition_penalty=1.0,
-            )  # fmt: skip
-        return clock.times[1] - start, clock.times[-1] - clock.times[1], out[0, len(prompt) :].tolist()
+        first, others, ids = hugging_face.answers(model, torch.tensor([prompt]), new)
+        return first, others, ids[0].tolist()
 
     return run
 

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
 # Everything that wants a GPU, in one command of 8 minutes: are the kernels right, how fast are they, how fast does a
-# 7B model train and in how much memory, which tiles are the fastest.
+# 7B model train and in how much memory, how fast does it answer, which tiles are the fastest.
 #
 #   bench/gpu_all.sh                     # or: PYTHON=.venv/bin/python OUT=/tmp/gpu TIME=480 bench/gpu_all.sh
 #
-# PYTHON: an interpreter with torch, triton and pytest. OUT: where every log and result goes. TIME: seconds for all,
-# of which TESTS and PEERS are the most that those parts may take; TRAIN and TILES are kept for the last two.
-# None stops the next. pytest-xdist, pytest-timeout and hypothesis are done
+# PYTHON: an interpreter with torch, triton and pytest; answers want sentencepiece as well. OUT: where every log and
+# result goes. TIME: seconds for all, of which TESTS, PEERS and STEPS are the most that those parts may take; TRAIN,
+# DECODE and TILES are kept for the last three. None stops the next. pytest-xdist, pytest-timeout and hypothesis are done
 # without where they are missing; wheels of them in .whl/ are used. The table comes last, with a line for each part.
-# Exit code: 1 unless the tests of the kernels passed. Without a GPU nothing is measured, and that is no failure.
+# Exit code: 1 unless the tests passed. Without a GPU nothing is measured, and that is no failure.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 
 PYTHON=${PYTHON:-python3} OUT=${OUT:-bench/results/gpu} TIME=${TIME:-480}
-TESTS=${TESTS:-150} PEERS=${PEERS:-40} TRAIN=${TRAIN:-120} TILES=${TILES:-45}
+TESTS=${TESTS:-140} PEERS=${PEERS:-30} STEPS=${STEPS:-30} TRAIN=${TRAIN:-90} DECODE=${DECODE:-100} TILES=${TILES:-30}
 unset TRITON_INTERPRET
 export PYTHONUNBUFFERED=1
 
@@ -21,7 +21,7 @@ found=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())') ||
   { echo "error: $PYTHON has no torch: set PYTHON to an interpreter with torch, triton and pytest" >&2; exit 2; }
 if ((found == 0)); then
   echo "no GPU: nothing is measured"
-  "$PYTHON" -m bench.bench_kernels && "$PYTHON" -m bench.bench_train_gpu
+  "$PYTHON" -m bench.bench_kernels && "$PYTHON" -m bench.bench_train_gpu && "$PYTHON" -m bench.bench_decode_gpu
   exit
 fi
 
@@ -65,7 +65,8 @@ def of(package):
     except PackageNotFoundError:
         return f"no {package}"
 
-packages = "torch triton numpy pytest pytest-xdist pytest-timeout hypothesis transformers flash-attn liger-kernel"
+packages = "torch triton numpy pytest pytest-xdist pytest-timeout hypothesis sentencepiece transformers flash-attn"
+packages += " liger-kernel"
 print(f"python {platform.python_version()}, {os.cpu_count()} cores, " + ", ".join(map(of, packages.split())))
 END
 }
@@ -94,10 +95,13 @@ fi
 
 part device_tests "$TESTS" "$PYTHON" -m pytest "${tests[@]}" "${parallel[@]}" -m gpu tests/kernels/on_device || wrong=1
 part peers "$PEERS" "$PYTHON" -m pytest "${tests[@]}" tests/kernels/test_peers.py || wrong=1
-limit=$(($(left) - TRAIN - TILES))
+part graph_steps "$STEPS" "$PYTHON" -m pytest "${tests[@]}" -m gpu tests/llama/test_fixed_step.py || wrong=1
+limit=$(($(left) - TRAIN - DECODE - TILES))
 part kernels "$limit" "$PYTHON" -m bench.bench_kernels --seconds $((limit - 45))
-limit=$(($(left) - TILES))
+limit=$(($(left) - DECODE - TILES))
 part training "$limit" "$PYTHON" -m bench.bench_train_gpu --seconds $((limit - 45)) --line-seconds 45
+limit=$(($(left) - TILES))
+part decoding "$limit" "$PYTHON" -m bench.bench_decode_gpu --seconds $((limit - 35)) --line-seconds 35
 limit=$(($(left) - 5))
 heads=(128)
 ((limit > 160)) && heads+=(64)
@@ -109,7 +113,7 @@ find bench/results -maxdepth 1 -name '*.json' -newer "$OUT/environment.log" -exe
   cat "$OUT/environment.log"
   # Of the table, what is measured against a target or went wrong; the rest is in the log.
   grep -E ' (met|yes|no|no peer)$|failed|not measured|WRONG|launch-bound|^(ceilings|CPU|[0-9]+ of)' "$OUT/kernels.log"
-  grep -vE '^written' "$OUT/training.log"
+  grep -vhE '^written' "$OUT/training.log" "$OUT/decoding.log"
   grep -E '^    [(#]|^WRONG|NOT admissible' "$OUT/tiles.log"
   printf '%s\n' "${summary[@]}"
   for file in "${without[@]}"; do echo "not run, as there is no hypothesis: $file"; done

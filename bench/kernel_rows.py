@@ -238,6 +238,8 @@ SHAPES: dict[str, dict[str, list[dict[str, int]]]] = {
         "decode": [
             *({"B": B, "S": S, "H": 32, "G": 32, "K": 128} for S in (2048, 8192) for B in (1, 8, 32)),
             {"B": 32, "S": 8192, "H": 32, "G": 8, "K": 128},
+            {"B": 1, "S": 1024, "H": 32, "G": 32, "K": 128, "room": 1024},
+            {"B": 1, "S": 8192, "H": 32, "G": 8, "K": 128, "room": 8192},
         ],
         "norm": [{"N": 32768, "D": 4096}],
         "rope": [{"B": 4, "T": 4096, "H": 32, "G": 32, "K": 128}],
@@ -258,7 +260,7 @@ SHAPES: dict[str, dict[str, list[dict[str, int]]]] = {
     "tiny": {
         "attention": [{"B": 2, "T": 48, "H": 4, "G": 2, "K": 32}],
         "packed": [{"B": 1, "T": 64, "H": 2, "G": 2, "K": 32}],
-        "decode": [{"B": 2, "S": 64, "H": 4, "G": 2, "K": 32}],
+        "decode": [{"B": 2, "S": 64, "H": 4, "G": 2, "K": 32, **room} for room in ({}, {"room": 32})],
         "norm": [{"N": 8, "D": 64}],
         "rope": [{"B": 1, "T": 16, "H": 2, "G": 1, "K": 32}],
         "swiglu": [{"N": 8, "width": 64}],
@@ -321,7 +323,9 @@ def _packed_rows(shape: dict[str, int]) -> list[Row]:
 
 
 def _decode_rows(shape: dict[str, int]) -> list[Row]:
-    name = f"decode attention, batch {shape['B']}, cache {shape['S']:,}, {shape['H']}/{shape['G']} heads"
+    room = shape.get("room", 0)
+    cache = f"{shape['S']:,} of {shape['S'] + room:,}" if room else f"{shape['S']:,}"
+    name = f"decode attention, batch {shape['B']}, cache {cache}, {shape['H']}/{shape['G']} heads"
     return [Row("decode", name, "GB/s", partial(work.decode, **shape), [Target("copy", 0.8), Target("sdpa", 1.0)])]
 
 

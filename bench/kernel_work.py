@@ -229,16 +229,24 @@ def attention(
     )
 
 
-def decode(s: Setting, *, B: int, S: int, H: int, G: int, K: int) -> Work:
-    shapes = ((B, 1, H, K), (B, S, G, K), (B, S, G, K))
-    sets = s.sets(lambda seed: [s.normal(*shape, seed=3 * seed + i) for i, shape in enumerate(shapes)])
+def decode(s: Setting, *, B: int, S: int, H: int, G: int, K: int, room: int = 0) -> Work:
+    """room: positions behind the S filled ones; then ours gets all of them and, on the device, how many are filled."""
+    storage = (B, G, S + room, K)  # as llama/cache.py stores them
+    length = torch.full((1,), S, dtype=torch.int32, device=s.device) if room else None
+
+    def make(seed: int) -> list[Tensor]:
+        k, v = (s.normal(*storage, seed=3 * seed + i).transpose(1, 2) for i in (1, 2))
+        return [s.normal(B, 1, H, K, seed=3 * seed), k, v]
+
+    sets = s.sets(make)
+    filled = [[q, k[:, :S], v[:, :S]] for q, k, v in sets]
     others = ("sdpa", "sdpa_flash", "flash_attn")
     return Work(
         {
-            "ours": lambda: forward(kernels.attention, sets),
-            **{name: lambda name=name: forward(peer(name, s.device, None), sets) for name in others},
+            "ours": lambda: forward(partial(kernels.attention, length=length), sets),
+            **{name: lambda name=name: forward(peer(name, s.device, None), filled) for name in others},
         },
-        lambda: exact_attention(sets[0], sets[0][0], None, "forward"),
+        lambda: exact_attention(filled[0], sets[0][0], None, "forward"),
         decode_bytes(B, S, H, G, K, s.dtype.itemsize),
         s.tolerance,
     )

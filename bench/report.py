@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+import gc
 import json
 import os
 import platform
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -64,3 +67,33 @@ def write(path: Path, results: Any, one_line_each: bool = False, **facts: Any) -
         text = re.sub(r"\{[^{}]*\}", lambda innermost: " ".join(innermost.group().split()), text)
     path.write_text(text + "\n")
     print(f"written to {path}")
+
+
+def parser(doc: str, shapes: list[str], dtypes: list[str], passes: int) -> argparse.ArgumentParser:
+    """The flags of a bench that has a result for every shape and number type; these are their defaults."""
+    from llama.config import PRESETS
+
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--shapes", nargs="*", default=shapes, choices=sorted(PRESETS))
+    p.add_argument("--dtypes", nargs="*", default=dtypes)
+    p.add_argument("--passes", type=int, default=passes)
+    p.add_argument("--threads", type=int, default=2)
+    p.add_argument("--output", type=Path, help="where the results go; default: bench/results/")
+    return p
+
+
+def run(
+    args: argparse.Namespace, bench: Callable[[str, str, argparse.Namespace], Any], name: str, **facts: Any
+) -> None:
+    """bench(shape, dtype, args) for all that parser()'s flags name: each result printed, all of them written."""
+    torch.set_num_threads(args.threads)
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    results = []
+    for shape in args.shapes:
+        for dtype in args.dtypes:
+            results.append(bench(shape, dtype, args))
+            print(json.dumps(results[-1]), flush=True)
+            gc.collect()
+    write(args.output or RESULTS / name, results, **facts, passes=args.passes)

@@ -318,7 +318,7 @@ class Recipe:
 
     n_train: int = 32_000  # questions, each asked once
     turns: tuple[float, ...] = (0.75, 0.17, 0.08)  # shares of dialogues of 1, 2, ... questions
-    n_held_out: int = 428  # of either held-out split: two questions a condition
+    n_held_out: int = 636  # of either held-out split: two questions a condition
     seed: int = 0
     vocab_size: int = 2048
     max_len: int = 384  # three questions and answers

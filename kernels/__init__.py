@@ -12,15 +12,17 @@ import torch
 from torch import Tensor
 
 from kernels import launch, peers, reference
-from kernels.reference import Documents, dequantise, joined, split
+from kernels.reference import Documents, Scales, dequantise, from_codes, joined, split, to_codes
 
 __all__ = [
     "BACKENDS",
     "Documents",
+    "Scales",
     "adamw",
     "attention",
     "dequantise",
     "describe",
+    "from_codes",
     "joined",
     "linear_cross_entropy",
     "quantised_linear",
@@ -28,6 +30,7 @@ __all__ = [
     "rope",
     "split",
     "swiglu",
+    "to_codes",
     "use",
 ]
 
@@ -166,11 +169,17 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None, length: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Documents | None = None,
+    length: Tensor | None = None,
+    scales: Scales | None = None,
 ) -> Tensor:
     """Causal attention of q (B, T, H, K) over k, v (B, S, G, K), within documents. See reference.attention.
 
     length int32 (1,), on the device: only so many positions of k and v are there, and the queries are the last of them.
+    scales, k's and v's, fp32 (B, S, G): k and v are int8 codes, as to_codes makes them of heads; there is no gradient.
     """
     B, T, H, K = q.shape
     S, G = k.shape[1], k.shape[2]
@@ -182,6 +191,9 @@ def attention(
         if length.shape != (1,) or length.dtype != torch.int32 or documents is not None:
             raise ValueError("attention: a length must be one int32, and goes without documents")
         _check_devices("attention", q, length=length)
+    if scales is not None:
+        return _attention_of_codes(q, k, v, scales, documents, length)
+    if length is not None:
         if not _by_triton("attention", q, k, v):
             return reference.attention_bounded(q, k, v, length)
         from kernels import decode
@@ -199,6 +211,30 @@ def attention(
             few = decode.takes(q, k) and not (torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)))
             return (decode if few else flash).attention(q, k, v, documents)
     return reference.attention(q, k, v, documents)
+
+
+def _attention_of_codes(
+    q: Tensor, k: Tensor, v: Tensor, scales: Scales, documents: Documents | None, length: Tensor | None
+) -> Tensor:
+    """Few queries read the codes; for many, or a peer, k and v are made of them first, all on a GPU."""
+    for name, t, s in zip("kv", (k, v), scales, strict=True):
+        if t.dtype != torch.int8 or s.dtype != torch.float32 or s.shape != t.shape[:3]:
+            raise ValueError(
+                f"attention: {name} of {t.dtype} with scales {tuple(s.shape)} of {s.dtype}: int8 and float32 "
+                f"{tuple(t.shape[:3])} are needed"
+            )
+        _check_devices("attention", q, **{name: t, f"{name}'s scales": s})
+    if torch.is_grad_enabled() and q.requires_grad:
+        raise ValueError("attention: codes are for inference and give no gradient: call it in torch.no_grad()")
+    if _wanted not in peers.NAMES or length is not None:
+        if not _by_triton("attention", q):
+            return reference.attention_of_codes(q, k, v, scales, documents, length)
+        from kernels import decode, flash
+
+        if decode.takes(q, k) and flash.why_not(q, k, v, documents) is None:
+            return decode.attention(q, k, v, documents, length, scales)
+    k, v = (from_codes(t, s, q.dtype) for t, s in zip((k, v), scales, strict=True))
+    return attention(q, k, v, documents, length)
 
 
 def linear_cross_entropy(

@@ -9,6 +9,13 @@ serves every query of its key/value head, and a second kernel joins the parts,
 from each part's unnormalised o_i, weight total l_i and largest score top_i. The parts depend on the position alone,
 so a row's bits are the same in any batch. Where the length lies on the device (a cache of fixed size, in a CUDA graph),
 the parts behind it find nothing to do.
+
+A cache may hold int8 codes with a scale for each position and head. Codes are exact in every type that a product takes;
+so they go into the products as they are, and scales multiply what comes out of the first and what goes into the second:
+
+    s_n = (q . k_n) scale_n      o = sum_n (p_n scale_n / most) v_n  most
+
+most is the largest scale of the tile, without which p_n scale_n would leave fp16's range where values are small.
 """
 
 from __future__ import annotations
@@ -20,7 +27,7 @@ from torch import Tensor
 
 from kernels.flash import HIDDEN, LOG2_E, padded
 from kernels.launch import OPTIONS
-from kernels.reference import Documents
+from kernels.reference import Documents, Scales
 
 PART = 256  # keys of one program: 64 KiB of a 16-bit cache at K = 128 against 2 KiB of results for a group of 4
 TILE = {2: 64, 4: 16}  # keys at a time by bytes of a number: 32 in fp32 spill 328 bytes at K = 128 on sm_86
@@ -35,6 +42,10 @@ def attention_part_kernel(
     k_strides: tl.tensor,
     V: tl.tensor,
     v_strides: tl.tensor,
+    K_SCALES: tl.tensor,
+    k_scales_strides: tl.tensor,
+    V_SCALES: tl.tensor,
+    v_scales_strides: tl.tensor,
     START: tl.tensor,
     LENGTH: tl.tensor,
     PARTS: tl.tensor,
@@ -51,6 +62,7 @@ def attention_part_kernel(
     PART: tl.constexpr,
     MASKED: tl.constexpr,
     BOUNDED: tl.constexpr,
+    CODES: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
     """Rows r = t * GROUP + i (query t, head i of the group) over the keys of one part: o_i, top_i, l_i, all fp32."""
@@ -78,6 +90,9 @@ def attention_part_kernel(
         low = tl.maximum(low, tl.min(first, 0) // BLOCK_N * BLOCK_N)
     keys = K + b * k_strides[0] + g.to(tl.int64) * k_strides[2]
     values = V + b * v_strides[0] + g.to(tl.int64) * v_strides[2]
+    if CODES:
+        key_scales = K_SCALES + b * k_scales_strides[0] + g.to(tl.int64) * k_scales_strides[2]
+        value_scales = V_SCALES + b * v_scales_strides[0] + g.to(tl.int64) * v_scales_strides[2]
     top = tl.full([BLOCK_R], HIDDEN, tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
     acc = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
@@ -85,7 +100,9 @@ def attention_part_kernel(
         n = n0 + tl.arange(0, BLOCK_N)
         inside = (n[:, None] < end) & (j[None, :] < HEAD)
         k = tl.load(keys + n.to(tl.int64)[:, None] * k_strides[1] + j[None, :], mask=inside, other=0.0)
-        s = tl.dot(q, k.T, input_precision=PRECISION) * (SCALE * LOG2_E)
+        s = tl.dot(q, k.to(q.dtype).T, input_precision=PRECISION) * (SCALE * LOG2_E)
+        if CODES:
+            s *= tl.load(key_scales + n.to(tl.int64) * k_scales_strides[1], mask=n < end, other=0.0)[None, :]
         seen = (n[None, :] <= position[:, None]) & (n[None, :] >= first[:, None])
         s = tl.where(seen, s, HIDDEN)
         new_top = tl.maximum(top, tl.max(s, 1))
@@ -93,7 +110,13 @@ def attention_part_kernel(
         shrink = tl.math.exp2(top - new_top)
         total = total * shrink + tl.sum(p, 1)
         v = tl.load(values + n.to(tl.int64)[:, None] * v_strides[1] + j[None, :], mask=inside, other=0.0)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+        if CODES:
+            scales = tl.load(value_scales + n.to(tl.int64) * v_scales_strides[1], mask=n < end, other=0.0)
+            most = tl.maximum(tl.max(scales, 0), 1e-30)
+            p = (p * (scales / most)[None, :]).to(q.dtype)
+            acc = acc * shrink[:, None] + tl.dot(p, v.to(q.dtype), input_precision=PRECISION) * most
+        else:
+            acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
         top = new_top
     row = ((b * tl.num_programs(1) + g) * tl.num_programs(0) + part) * BLOCK_R + r
     tl.store(PARTS + row[:, None] * BLOCK_K + j[None, :], acc, mask=real[:, None])
@@ -142,7 +165,15 @@ def takes(q: Tensor, k: Tensor) -> bool:
 
 
 @torch.library.custom_op("chatdoctor::attention_decode", mutates_args=())
-def attention_decode(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, length: Tensor | None) -> Tensor:
+def attention_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor | None,
+    length: Tensor | None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+) -> Tensor:
     """o (B, T, H, K) in q.dtype, contiguous."""
     B, T, H, K = q.shape
     S, G = k.shape[1], k.shape[2]
@@ -159,6 +190,10 @@ def attention_decode(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, leng
         k.stride()[:3],
         v,
         v.stride()[:3],
+        k_scales,
+        (0, 0, 0) if k_scales is None else k_scales.stride(),
+        v_scales,
+        (0, 0, 0) if v_scales is None else v_scales.stride(),
         start,
         length,
         kept,
@@ -171,6 +206,7 @@ def attention_decode(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, leng
         PART=PART,
         MASKED=start is not None,
         BOUNDED=length is not None,
+        CODES=k_scales is not None,
         PRECISION="ieee",
         **constants,
         num_warps=4,
@@ -182,12 +218,26 @@ def attention_decode(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, leng
 
 
 @attention_decode.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, length: Tensor | None) -> Tensor:
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor | None,
+    length: Tensor | None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+) -> Tensor:
     return q.new_empty(q.shape)
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None, length: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Documents | None = None,
+    length: Tensor | None = None,
+    scales: Scales | None = None,
 ) -> Tensor:
-    """kernels.reference.attention where takes(q, k); no gradient."""
-    return attention_decode(q, k, v, None if documents is None else documents[0], length)
+    """kernels.reference.attention, or with scales attention_of_codes, where takes(q, k); no gradient."""
+    start = None if documents is None else documents[0]
+    return attention_decode(q, k, v, start, length, *(scales or (None, None)))

@@ -14,10 +14,12 @@ from torch.autograd.function import FunctionCtx
 TILE = 128  # query rows per tile where documents or a cache bound what a row may see
 CALL = 20_000  # numbers of k that are read while attention of one row is called
 LOGITS_BYTES = 64 * 2**20  # fp32 logits held at a time by linear_cross_entropy
+CODES = 2**20  # numbers of keys, and of values, made from codes at a time: 4 MiB in fp32, near enough to two cores
 DEQUANTISED = 2**22  # numbers made from codes at a time: 16 MiB in fp32, whatever the matrix
 ADAMW_NUMBERS = 2**18  # of a parameter at a time: what adamw needs beside it stays in the cache
 
 Documents = tuple[Tensor, Tensor]
+Scales = tuple[Tensor, Tensor]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -107,6 +109,90 @@ def attention_bounded(q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=H != G).transpose(1, 2)
 
 
+def to_codes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (..., K) as int8 codes and a scale for each K numbers, fp32 (...): the largest magnitude is 127 scales.
+
+    A scale is 1e-30 at least, also of zeros. In 16 bits it would save 2 bytes of K + 4, and be out of its range where
+    numbers are small.
+    """
+    x = x.float()
+    scales = (x.abs().amax(-1) / 127).clamp_min(1e-30)
+    return (x / scales[..., None]).round_().to(torch.int8), scales
+
+
+def from_codes(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """The numbers (..., K) that to_codes' results stand for, multiplied in fp32 and rounded once to dtype."""
+    return codes.float().mul_(scales[..., None]).to(dtype)
+
+
+def attention_of_codes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scales: Scales,
+    documents: Documents | None = None,
+    length: Tensor | None = None,
+) -> Tensor:
+    """attention(), or with a length attention_bounded(), of k and v (B, S, G, K) as to_codes makes them; no gradient.
+
+    scales: k's and v's, fp32 (B, S, G). For one query a row, scales multiply scores and probabilities, all in fp32; for
+    more, k and v are made in q.dtype. Either way it happens to a few heads at a time.
+    """
+    B, T, H, K = q.shape
+    S, G = k.shape[1], k.shape[2]
+    if T == 1:
+        return _one_query_of_codes(q, k, v, scales, documents, length)
+    some = max(1, CODES // (B * S * K))
+    parts = []
+    for g in range(0, G, some):
+        heads, part = slice(g * (H // G), (g + some) * (H // G)), slice(g, g + some)
+        some_k, some_v = (
+            from_codes(t[:, :, part], s[:, :, part], q.dtype) for t, s in zip((k, v), scales, strict=True)
+        )
+        if length is None:
+            parts.append(attention(q[:, :, heads], some_k, some_v, documents))
+        else:
+            parts.append(attention_bounded(q[:, :, heads], some_k, some_v, length))
+    return torch.cat(parts, 2)
+
+
+def _one_query_of_codes(
+    q: Tensor, k: Tensor, v: Tensor, scales: Scales, documents: Documents | None, length: Tensor | None
+) -> Tensor:
+    B, _, H, K = q.shape
+    S, G = k.shape[1], k.shape[2]
+    hidden = None
+    if length is not None:
+        hidden = torch.arange(S, device=q.device) >= length
+    elif documents is not None and q.is_cpu and not torch.compiler.is_compiling():
+        starts = documents[0][:, -1].tolist()
+        left = min(starts)
+        if _apart(starts, G * K):
+            tensors = zip(q.split(1), k.split(1), v.split(1), *(s.split(1) for s in scales), starts, strict=True)
+            each = ((a, *(t[:, i:] for t in others)) for a, *others, i in tensors)
+            return torch.cat([_one_query_of_codes(a, b, c, (d, e), None, None) for a, b, c, d, e in each])
+        k, v, scales = k[:, left:], v[:, left:], (scales[0][:, left:], scales[1][:, left:])
+        if max(starts) > left:
+            hidden = (torch.arange(left, S) < torch.tensor(starts)[:, None])[:, None, None]
+    elif documents is not None:
+        hidden = ~_visible(documents[0], S - 1, S, 0)
+    heads = [t.transpose(1, 2) for t in (k, v, *scales)]
+    rows = q.float().view(B, G, H // G, K) * K**-0.5
+    some = max(1, CODES // (B * k.shape[1] * K))
+    if some >= G:
+        return _of_codes(rows, *heads, hidden).to(q.dtype).view(B, 1, H, K)
+    parts = [_of_codes(*(t[:, g : g + some] for t in (rows, *heads)), hidden) for g in range(0, G, some)]
+    return torch.cat(parts, 1).to(q.dtype).view(B, 1, H, K)
+
+
+def _of_codes(rows: Tensor, k: Tensor, v: Tensor, k_scales: Tensor, v_scales: Tensor, hidden: Tensor | None) -> Tensor:
+    """rows (B, G, H / G, K), fp32 and scaled, over k, v (B, G, S, K) and their scales (B, G, S)."""
+    scores = (rows @ k.float().mT).mul_(k_scales[:, :, None])
+    if hidden is not None:
+        scores.masked_fill_(hidden, float("-inf"))
+    return scores.softmax(-1).mul_(v_scales[:, :, None]) @ v.float()
+
+
 def _each_row(q: Tensor, k: Tensor, v: Tensor, starts: list[int]) -> Tensor:
     """q (B, G, H / G, K) over the positions of k, v (B, G, S, K) from each row's start on.
 
@@ -114,14 +200,18 @@ def _each_row(q: Tensor, k: Tensor, v: Tensor, starts: list[int]) -> Tensor:
     to 330 positions, 6 layers, 6 heads of 48, one thread of an EPYC (Zen 5): 8.3 ms instead of 11.3.
     """
     S, left = k.shape[2], min(starts)
-    wasted = sum(starts) - left * len(starts)
-    if wasted * k.shape[1] * k.shape[3] > CALL * len(starts):
+    if _apart(starts, k.shape[1] * k.shape[3]):
         rows = zip(q.split(1), k.split(1), v.split(1), starts, strict=True)
         return torch.cat([F.scaled_dot_product_attention(a, b[:, :, i:], c[:, :, i:]) for a, b, c, i in rows])
     mask = None
-    if wasted:
+    if max(starts) > left:
         mask = (torch.arange(left, S) >= torch.tensor(starts)[:, None])[:, None, None]
     return F.scaled_dot_product_attention(q, k[:, :, left:], v[:, :, left:], attn_mask=mask)
+
+
+def _apart(starts: list[int], numbers: int) -> bool:
+    """Whether rows of so many numbers a position differ so much in length that a call for each takes less time."""
+    return (sum(starts) - min(starts) * len(starts)) * numbers > CALL * len(starts)
 
 
 def _visible(start: Tensor | None, top: int, bottom: int, left: int, device: torch.device | None = None) -> Tensor:

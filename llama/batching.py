@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import torch
 
-from llama.cache import KVCache, RaggedCache
+from llama.cache import RaggedCache
 from llama.chat import ChatFormat, Dialogue, Message, render
-from llama.generation import CHUNK, Answer, Request, limits, room_for
+from llama.generation import CHUNK, Answer, Request, limits, new_cache, room_for
 from llama.model import Llama
 from llama.sampling import Sampler, SamplingParams
 from llama.tokenizer import Tokenizer
@@ -45,18 +45,28 @@ class Batch:
     logits, and every token of every answer comes out of the same step.
     """
 
-    def __init__(self, model: Llama, tokenizer: Tokenizer, rows: int = ROWS, budget: int = CHUNK) -> None:
-        """budget: prompt tokens read in one step at most, so that a long prompt does not keep the others waiting."""
+    def __init__(
+        self,
+        model: Llama,
+        tokenizer: Tokenizer,
+        rows: int = ROWS,
+        budget: int = CHUNK,
+        cache_dtype: torch.dtype | None = None,
+    ) -> None:
+        """budget: prompt tokens read in one step at most, so that a long prompt does not keep the others waiting.
+
+        cache_dtype: of the KV cache; None: as what lies between two products.
+        """
         assert rows > 0, rows
         assert budget > 0, budget
         self.rows, self.budget = rows, budget
         self._model, self._tokenizer = model, tokenizer
-        weight = model.norm.weight  # its number type is that of everything between two products
+        weight = model.norm.weight
         self._device = weight.device
         self._limits = limits(tokenizer)
         self._sampler = Sampler([], [], weight.device, self._limits["vocab_size"], self._limits["banned"])
-        self._cache = RaggedCache(model.config, rows, weight.device, weight.dtype)
-        self._desk = KVCache(model.config, 1, 0, weight.device, weight.dtype)  # where prompts are read
+        self._cache = RaggedCache(model.config, rows, weight.device, cache_dtype or weight.dtype)
+        self._desk = new_cache(model, 1, 0, cache_dtype)  # where prompts are read
         self._waiting: deque[Answer] = deque()  # of the first, the desk may hold a beginning
         self._open: list[_Row] = []  # in the order of the cache's and the sampler's rows
 
@@ -158,12 +168,18 @@ class Batch:
             self._open[row] = last
 
 
-def answer_batch(model: Llama, tokenizer: Tokenizer, requests: Sequence[Request], rows: int = ROWS) -> list[Answer]:
+def answer_batch(
+    model: Llama,
+    tokenizer: Tokenizer,
+    requests: Sequence[Request],
+    rows: int = ROWS,
+    cache_dtype: torch.dtype | None = None,
+) -> list[Answer]:
     """Answer all requests, so many at a time; the same answers as one by one, up to rounding in the logits' last bits.
 
     ValueError if one does not fit.
     """
-    batch = Batch(model, tokenizer, rows)
+    batch = Batch(model, tokenizer, rows, cache_dtype=cache_dtype)
     answers = [batch.submit(r) for r in requests]
     while batch:
         batch.step()
@@ -171,9 +187,14 @@ def answer_batch(model: Llama, tokenizer: Tokenizer, requests: Sequence[Request]
 
 
 def answer_greedily(
-    model: Llama, tokenizer: Tokenizer, chat_format: ChatFormat, questions: Sequence[tuple[Message, ...]]
+    model: Llama,
+    tokenizer: Tokenizer,
+    chat_format: ChatFormat,
+    questions: Sequence[tuple[Message, ...]],
+    cache_dtype: torch.dtype | None = None,
 ) -> list[str]:
     """Greedy answers of at most 80 tokens to dialogues that end in a question."""
     greedy = SamplingParams(temperature=0.0, repetition_penalty=1.0)
     prompts = [render(Dialogue((*chat_format.opening(), *q)), chat_format, tokenizer)[0] for q in questions]
-    return [a.text for a in answer_batch(model, tokenizer, [Request(ids, greedy, 80) for ids in prompts], rows=64)]
+    requests = [Request(ids, greedy, 80) for ids in prompts]
+    return [a.text for a in answer_batch(model, tokenizer, requests, 64, cache_dtype)]

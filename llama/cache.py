@@ -1,7 +1,9 @@
 """The keys and values of the tokens seen so far. Owned by whoever decodes; the model only appends to them.
 
 KVCache holds rows that begin and end together, or end together after beginning at `first`. RaggedCache is for rows that
-join and leave while others go on (batching.py).
+join and leave while others go on (batching.py). With dtype int8 they hold codes: each head of a position is rounded as
+it is appended, with a scale of its own, and even the tokens that come with it attend to what was rounded. So nothing
+that a cache goes through later changes a bit of what it holds.
 """
 
 from __future__ import annotations
@@ -9,16 +11,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+import kernels
 from llama.config import LlamaConfig
 
 SLACK = 64  # positions that a RaggedCache can go on, at least, before what lives is moved
+
+# Keys, values, how many of them are there (see FixedCache), and where they are codes, the scales of both.
+Held = tuple[Tensor, Tensor, Tensor | None, kernels.Scales | None]
 
 
 class KVCache:
     """Preallocated keys and values of B rows and at most max_len positions, for every layer.
 
     Stored as (L, B, 2G, S, K), keys in the first G and values in the last, so that one head's positions lie together;
-    handed out as (B, S, G, K) views.
+    handed out as (B, S, G, K) views. The scales of codes, fp32, are stored likewise, without the last dimension.
     """
 
     def __init__(
@@ -31,25 +37,64 @@ class KVCache:
     ) -> None:
         shape = (config.n_layers, batch, 2 * (config.n_kv_heads // config.ranks), max_len, config.head_dim)
         self._kv = torch.zeros(shape, device=device, dtype=dtype)
+        self._scales = torch.zeros(shape[:-1], device=device) if dtype == torch.int8 else None
         self.batch = batch
         self.max_len = max_len
         self.length = 0  # positions filled, the same in every row
         self.place: Tensor | None = None  # see FixedCache
         self.first: Tensor | None = None  # (B,) int32: the position at which each row begins; None: 0
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes."""
+        return sum(t.nbytes for t in self._tensors())
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> Held:
         """Write k, v (B, T, G, K) behind what is there; all keys and values (B, length + T, G, K), as views.
 
-        The length stays: the model advances it once all layers have appended. The third is for FixedCache.
+        The length stays: the model advances it once all layers have appended.
         """
-        T = k.shape[1]
-        end = self.length + T
-        if end > self.max_len:
-            raise ValueError(f"the KV cache holds {self.max_len} positions; {end} are needed")
-        keys, values = self._kv[layer, : self.batch, :, :end].transpose(1, 2).chunk(2, 2)
-        keys[:, self.length :] = k
-        values[:, self.length :] = v
-        return keys, values, None
+        self._check_room(k.shape[1])
+        parts, held = self._parts(layer, self.length + k.shape[1], k, v)
+        for t, new in parts:
+            t[:, self.length :] = new
+        return *held[:2], None, held[2]
+
+    def _parts(
+        self, layer: int, end: int, k: Tensor, v: Tensor
+    ) -> tuple[list[tuple[Tensor, Tensor]], tuple[Tensor, Tensor, kernels.Scales | None]]:
+        """What holds the first `end` positions, each part with what k and v add to it; keys, values and scales."""
+        kv = self._kv[layer, : self.batch, :, :end].transpose(1, 2)
+        keys, values = kv.chunk(2, 2)
+        if self._scales is None:
+            return [(keys, k), (values, v)], (keys, values, None)
+        scales = self._scales[layer, : self.batch, :, :end].transpose(1, 2)
+        new = kernels.to_codes(torch.cat((k, v), 2))
+        return list(zip((kv, scales), new, strict=True)), (keys, values, scales.chunk(2, 2))
+
+    def _replace(self, tensors: list[Tensor]) -> None:
+        self._kv, self._scales = tensors[0], tensors[1] if len(tensors) > 1 else None
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        """All that is stored; the fourth dimension is that of the positions."""
+        return (self._kv,) if self._scales is None else (self._kv, self._scales)
+
+    def is_plain_row(self) -> bool:
+        """Whether next_position() can be asked for."""
+        return self.batch == 1 and self.first is None and self._kv.is_cpu and self._kv.dtype == torch.float32
+
+    def next_position(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """For each layer: where the row's next keys and values (2G, K) go; and all of them with it, (1, G, S, K) each.
+
+        Views, made for all layers at once: append() takes ten times as long. ValueError where the cache is full.
+        """
+        self._check_room(1)
+        keys, values = self._kv[..., : self.length + 1, :].chunk(2, 2)
+        return self._kv[:, 0, :, self.length].unbind(), keys.unbind(), values.unbind()
+
+    def _check_room(self, T: int) -> None:
+        if (needed := self.length + T) > self.max_len:
+            raise ValueError(f"the KV cache holds {self.max_len} positions; {needed} are needed")
 
     def advance(self, T: int) -> None:
         """Count T appended positions as filled."""
@@ -62,17 +107,26 @@ class KVCache:
 
     def grown(self, max_len: int) -> KVCache:
         """A cache of max_len positions that holds what this one does."""
-        L, B, heads, _, K = self._kv.shape
+        return self._copied(slice(None), self.batch, self.first, max_len)
+
+    def repeated(self, rows: Tensor, max_len: int) -> KVCache:
+        """A cache of max_len positions whose rows are those of this one with these numbers, int64 (their number,)."""
+        return self._copied(rows, len(rows), None if self.first is None else self.first[rows], max_len)
+
+    def _copied(self, rows: slice | Tensor, batch: int, first: Tensor | None, max_len: int) -> KVCache:
         other = object.__new__(KVCache)
-        other.batch, other.max_len, other.length, other.first = self.batch, max_len, self.length, self.first
+        other.batch, other.max_len, other.length, other.first = batch, max_len, self.length, first
         other.place = None
-        other._kv = self._kv.new_zeros(L, B, heads, max_len, K)
-        other._kv[:, :, :, : self.length] = self._kv[:, :, :, : self.length]
+        live = [t[:, rows, :, : self.length] for t in self._tensors()]
+        other._replace([t.new_zeros(*t.shape[:3], max_len, *t.shape[4:]) for t in live])
+        for new, old in zip(other._tensors(), live, strict=True):
+            new[:, :, :, : self.length] = old
         return other
 
     def keep(self, at: int, n: int) -> None:
         """Forget all but the n positions from `at` on, which become the first."""
-        self._kv[:, :, :, :n] = self._kv[:, :, :, at : at + n].clone()
+        for t in self._tensors():
+            t[:, :, :, :n] = t[:, :, :, at : at + n].clone()
         self.length = n
 
     def starts(self, T: int) -> Tensor | None:
@@ -93,17 +147,17 @@ class FixedCache(KVCache):
     """
 
     def __init__(self, cache: KVCache) -> None:
-        self._kv = cache._kv
+        self._kv, self._scales = cache._kv, cache._scales
         self.batch, self.max_len, self.length, self.first = cache.batch, cache.max_len, 0, None
         self.place = torch.zeros(1, dtype=torch.int64, device=cache._kv.device)
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def append(self, layer: int, k: Tensor, v: Tensor) -> Held:
         """Write k, v (B, 1, G, K) at the place; the storage (B, max_len, G, K), and how much counts, int32 (1,)."""
         assert self.place is not None
-        keys, values = self._kv[layer].transpose(1, 2).chunk(2, 2)
-        keys.index_copy_(1, self.place, k.to(keys.dtype))
-        values.index_copy_(1, self.place, v.to(values.dtype))
-        return keys, values, (self.place + 1).int()
+        parts, held = self._parts(layer, self.max_len, k, v)
+        for t, new in parts:
+            t.index_copy_(1, self.place, new.to(t.dtype))
+        return *held[:2], (self.place + 1).int(), held[2]
 
     def advance(self, T: int) -> None:
         """The place is set from outside."""
@@ -131,7 +185,8 @@ class RaggedCache(KVCache):
         assert self.batch < self.rows, "every row is taken"
         self._make_room(self.batch + 1, n, 0)
         begin = self.length - n
-        self._kv[:, self.batch, :, begin : self.length] = source._kv[:, 0, :, at : at + n]
+        for mine, theirs in zip(self._tensors(), source._tensors(), strict=True):
+            mine[:, self.batch, :, begin : self.length] = theirs[:, 0, :, at : at + n]
         self._begins.append(begin)
         self._note()
 
@@ -139,7 +194,8 @@ class RaggedCache(KVCache):
         """Forget a row; the last one takes its place."""
         begin = self._begins.pop()
         if row < len(self._begins):
-            self._kv[:, row, :, begin : self.length] = self._kv[:, len(self._begins), :, begin : self.length]
+            for t in self._tensors():
+                t[:, row, :, begin : self.length] = t[:, len(self._begins), :, begin : self.length]
             self._begins[row] = begin
         self._note()
 
@@ -153,8 +209,7 @@ class RaggedCache(KVCache):
 
     def _make_room(self, rows: int, span: int, T: int) -> None:
         """Place for so many rows, for a row of `span` positions before the end, and for T positions behind it."""
-        source = self._kv
-        L, held, heads, width, K = source.shape
+        L, held, _, width, _ = self._kv.shape
         if rows <= held and span <= self.length and self.length + T <= width:
             return
         live = self.length - min(self._begins, default=self.length)
@@ -164,12 +219,15 @@ class RaggedCache(KVCache):
         if not end + T + SLACK // 2 <= width <= 3 * (end + T) + SLACK:
             width = end + T + max(SLACK, (end + T) // 2)
         old, new = slice(self.length - live, self.length), slice(end - live, end)
-        same = source.shape[1] == held and self.max_len == width
-        target = source if same else source.new_zeros(L, held, heads, width, K)
-        for layer in range(L if live else 0):  # a layer at a time: in one storage, old and new place overlap
-            part = source[layer, : self.batch, :, old]
-            target[layer, : self.batch, :, new] = part.clone() if same else part
-        self._kv = target
+        same = self._kv.shape[1] == held and self.max_len == width
+        targets = []
+        for source in self._tensors():
+            target = source if same else source.new_zeros(L, held, source.shape[2], width, *source.shape[4:])
+            for layer in range(L if live else 0):  # a layer at a time: in one storage, old and new place overlap
+                part = source[layer, : self.batch, :, old]
+                target[layer, : self.batch, :, new] = part.clone() if same else part
+            targets.append(target)
+        self._replace(targets)
         self._begins = [begin + end - self.length for begin in self._begins]
         self.length, self.max_len = end, width
         self._note()

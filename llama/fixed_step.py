@@ -18,9 +18,12 @@ WARM_UPS = 2  # runs before the capture: what compiles or allocates at first use
 
 def can_capture(model: Llama) -> bool:
     """Whether a step of this model can be a CUDA graph: all of it lies on one GPU, and no hooks act between."""
-    if not model.embed.weight.is_cuda:
-        return False
-    return not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    return model.embed.weight.is_cuda and not has_hooks(model)
+
+
+def has_hooks(model: Llama) -> bool:
+    """Whether something acts between its modules, as offload.py's and tensor_parallel.py's parts do."""
+    return any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 class FixedStep:

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from llama import few_rows
+from llama import few_rows, one_row
 from llama.attendant import Attendant, Command
 from llama.cache import KVCache
 from llama.chat import ChatFormat, Dialogue, Message, fit
 from llama.fixed_step import FixedStep, can_capture
 from llama.model import Llama
+from llama.one_row import OneRow
 from llama.quantize import QuantisedLinear, Scheme, nearest
 from llama.sampling import Sampler, SamplingParams
 from llama.tokenizer import Tokenizer
@@ -73,10 +74,11 @@ class Doctor:
     ranks: int = 1
     compiled: bool = False  # steps of one token by torch.compile
     attendants: tuple[Attendant, ...] = ()  # asked on rank 0 alone; the others hear what they say
+    cache_dtype: torch.dtype | None = None  # of the KV cache; None: as what lies between two products
 
     def context(self) -> Context:
         """For a new conversation."""
-        return Context(self.model, self.compiled)
+        return Context(self.model, self.compiled, self.cache_dtype)
 
     def shared(self, work: Callable[[], Result]) -> Result:
         """What work returns; it runs on rank 0 alone. For all that comes from outside: terminal, files, chance."""
@@ -150,19 +152,21 @@ class Doctor:
         ranks = f", split over {self.ranks} ranks" if self.ranks > 1 else ""
         size = f"{n / 1e9:.1f}B" if n >= 1e9 else f"{n / 1e6:.1f}M" if n >= 1e6 else f"{n:,}"
         kind = self.weights or str(weight.dtype).removeprefix("torch.")
-        return f"{self.name}: {size} parameters, {kind} on {weight.device}{ranks}"
+        cache = "" if self.cache_dtype is None else f", KV cache {str(self.cache_dtype).removeprefix('torch.')}"
+        return f"{self.name}: {size} parameters, {kind} on {weight.device}{ranks}{cache}"
 
 
 class Context:
     """What a model has read in one conversation: the ids and their KV cache, which grows as needed.
 
-    Single tokens run as a CUDA graph where that is possible, or compiled where that is asked for.
+    Single tokens run as a CUDA graph or a OneRow where that is possible, or compiled where that is asked for.
     """
 
-    def __init__(self, model: Llama, compiled: bool = False) -> None:
+    def __init__(self, model: Llama, compiled: bool = False, cache_dtype: torch.dtype | None = None) -> None:
         self.model = model
         self.compiled = compiled
-        self._step: FixedStep | None = None
+        self.cache_dtype = cache_dtype
+        self._step: FixedStep | OneRow | None = None
         self.ids: list[int] = []
         self.cache: KVCache | None = None
         self.reused = 0  # ids of the latest prompt that did not have to be run
@@ -182,7 +186,7 @@ class Context:
         if self.compiled:
             room = min(max(COMPILED_ROOM, 1 << (room - 1).bit_length()), self.model.config.max_seq_len)
         if self.cache is None:
-            self.cache = _new_cache(self.model, 1, room)
+            self.cache = new_cache(self.model, 1, room, self.cache_dtype)
         elif self.cache.max_len < room:
             # By doubling: a conversation copies its cache a few times, and never holds a context it does not use.
             self.cache = self.cache.grown(min(max(room, 2 * self.cache.max_len), self.model.config.max_seq_len))
@@ -194,16 +198,21 @@ class Context:
         """From tokens (1, 1) behind what was read to logits (1, 1, V)."""
         cache = self.cache
         assert cache is not None
-        if not (self.compiled or can_capture(self.model)):
-            return lambda tokens: self.model(tokens, cache=cache, last_only=True)
-        if self._step is None or self._step.cache is not cache:
+        if self._step is not None and self._step.cache is cache:
+            return self._step
+        if self.compiled or can_capture(self.model):
             self._step = FixedStep(self.model, cache, self.compiled)
+        elif one_row.takes(self.model, cache):
+            self._step = OneRow(self.model, cache)
+        else:
+            return lambda tokens: self.model(tokens, cache=cache, last_only=True)
         return self._step
 
 
-def _new_cache(model: Llama, rows: int, room: int) -> KVCache:
-    weight = model.norm.weight  # its number type is that of everything between two products
-    return KVCache(model.config, rows, room, device=weight.device, dtype=weight.dtype)
+def new_cache(model: Llama, rows: int, room: int, dtype: torch.dtype | None = None) -> KVCache:
+    """A KV cache where the model is; dtype None: as what lies between two products."""
+    weight = model.norm.weight
+    return KVCache(model.config, rows, room, weight.device, dtype or weight.dtype)
 
 
 def room_for(model: Llama, prompt: Sequence[int], max_new_tokens: int) -> int:

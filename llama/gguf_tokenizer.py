@@ -147,6 +147,8 @@ def _message(number: int, value: int | float | bytes) -> bytes:
 
 
 def _varint(n: int) -> bytes:
+    if n <= 0x7F:  # nearly all of the 220,000 that a vocabulary of 32,000 takes
+        return n.to_bytes(1)
     out = bytearray()
     while n > 0x7F:
         out.append(n & 0x7F | 0x80)

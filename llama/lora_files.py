@@ -115,6 +115,22 @@ def base_of(path: str | Path) -> Path:
     return Path(name)
 
 
+def other_base(path: str | Path, base: Path) -> Path | None:
+    """The directory that adapters name as their base, if it is here and holds other weights than `base`.
+
+    None also where that cannot be told: a name on a hub, a directory that has moved, a GGUF file.
+    """
+    try:
+        named = base_of(path)
+        if not base.is_dir() or named.samefile(base):
+            return None
+        theirs, ours = fingerprint(named), fingerprint(base)
+    except (ValueError, OSError):
+        return None
+    nothing = f"{0:08x}"  # no weight files
+    return named if nothing not in (theirs, ours) and theirs != ours else None
+
+
 @torch.no_grad()
 def add_adapter(model: Llama, path: str | Path) -> None:
     """Put the adapters of a directory beside a loaded model's weights; lora.merge() folds them in.

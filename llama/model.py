@@ -18,7 +18,7 @@ import torch.nn as nn
 from torch import Tensor
 
 import kernels
-from llama.cache import KVCache
+from llama.cache import Held, KVCache
 from llama.chat import IGNORE
 from llama.config import LlamaConfig, RopeScaling
 
@@ -57,8 +57,8 @@ class Attention(nn.Module):
         q, k, v = (y.view(B, T, -1, self.head_dim) for y in self.project(x))
         q, k = kernels.rope(q, k, *rotation)
         if memory is not None:
-            k, v, length = memory(k, v)
-            return self.o(kernels.attention(q, k, v, documents, length).reshape(B, T, -1))
+            k, v, length, scales = memory(k, v)
+            return self.o(kernels.attention(q, k, v, documents, length, scales).reshape(B, T, -1))
         return self.o(kernels.attention(q, k, v, documents).reshape(B, T, -1))
 
 
@@ -99,8 +99,9 @@ class Block(nn.Module):
         return x + self.mlp(y)
 
 
-# What a cached layer calls with its new k and v to get all of them, and where only the device knows, how many they are.
-Memory = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]
+# What a cached layer calls with its new k and v to get all of them, where only the device knows, how many they are, and
+# where they are codes, their scales.
+Memory = Callable[[Tensor, Tensor], Held]
 # What makes the weights of the tokens' losses from the last hidden states, the head and the targets.
 Weigh = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -146,6 +147,7 @@ class Llama(nn.Module):
         documents: kernels.Documents | None = None,
         cache: KVCache | None = None,
         last_only: bool = False,
+        only: Tensor | None = None,
         weigh: Weigh | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits (B, T, V) of tokens (B, T); with targets (B, T), the summed loss (fp32) and its token count (int64).
@@ -153,7 +155,8 @@ class Llama(nn.Module):
         Targets of IGNORE carry no loss. documents: (start, end) int32 (B, T) of a packed batch: a token sees its own
         document, and positions restart in each. cache: the tokens follow what it holds, and it grows by them; with
         documents as well, these are (B, S), of what it holds and of the tokens.
-        last_only: logits (B, 1, V) of the last token only, all that decoding needs of a prompt. weigh(x (N, D), head
+        last_only: logits (B, 1, V) of the last token only, all that decoding needs of a prompt. only: logits (n, V) of
+        the tokens with these numbers (n,) among all B * T, all that scoring an answer needs. weigh(x (N, D), head
         (V, D), targets (N,)): with targets, gives how much each token's loss counts, fp32 (N,), without gradient.
         """
         B, T = tokens.shape
@@ -162,7 +165,7 @@ class Llama(nn.Module):
         if cache is not None and documents is None and (starts := cache.starts(T)) is not None:
             documents = (starts, torch.full_like(starts, past + T))
         if cache is not None and cache.place is not None:
-            rotation = tuple(table[cache.place] for table in self._tables(cache.max_len, x.device))
+            rotation = tuple(table[cache.place] for table in self.rotation(cache.max_len, x.device))
         else:
             rotation = self._rotation_at(past, T, documents, x.device)
         for i, layer in enumerate(self.layers):
@@ -170,6 +173,8 @@ class Llama(nn.Module):
             x = layer(x, rotation, documents, memory)
         if cache is not None:
             cache.advance(T)
+        if only is not None:
+            x = x.flatten(0, 1)[only]
         x = self.norm(x[:, -1:] if last_only else x)
         if targets is None:
             # A tied model has a head only where one was given to it to decode faster.
@@ -185,14 +190,14 @@ class Llama(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """cos and sin of the T new positions: (T, K/2), or (B, T, K/2) where rows or documents restart."""
         needed = past + T
-        cos, sin = self._tables(needed, device)
+        cos, sin = self.rotation(needed, device)
         if documents is None:
             return cos[past:needed], sin[past:needed]
         positions = torch.arange(past, needed, device=device) - documents[0][:, past:]
         return cos[positions], sin[positions]
 
-    def _tables(self, needed: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos and sin of all positions below `needed`, and some more."""
+    def rotation(self, needed: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin of all positions below `needed`, and some more, fp32 (positions, K/2)."""
         if self._rotation is None or self._rotation[0].shape[0] < needed or self._rotation[0].device != device:
             with torch.inference_mode(False):  # decoding may come first, and training must still be able to use it
                 self._rotation = rotation_table(self.config, max(512, 2 ** math.ceil(math.log2(needed))), device)

@@ -85,9 +85,9 @@ class DraftModel:
 
     free, prior = False, 0.8
 
-    def __init__(self, model: Llama) -> None:
+    def __init__(self, model: Llama, cache_dtype: torch.dtype | None = None) -> None:
         self.model = model
-        self.context = Context(model)
+        self.context = Context(model, cache_dtype=cache_dtype)
 
     def begin(self, ids: Sequence[int]) -> None:
         if len(ids) < self.model.config.max_seq_len:

@@ -125,6 +125,28 @@ def test_guessing_ahead_changes_speed_alone(generate: Generate, folder: Path) ->
     assert re.search(r"^guessed ahead: [\d,]+ tokens, [\d,]+ of them right$", err, re.M)
 
 
+def test_an_int8_cache_however_it_is_asked(generate: Generate, folder: Path, tmp_path: Path) -> None:
+    def ask(*flags: str) -> str:
+        code, out, _ = generate("--prompt", "I have pain", "--json", *greedy, *flags)
+        assert code == 0
+        return json.loads(out)["text"]
+
+    greedy = ("--temperature", "0", "--max_new_tokens", "30")
+    coded = ("--kv_cache", "int8")
+    assert ask("--kv_cache", "full") == ask()
+    text = ask(*coded)
+    assert text != ask()  # so large are this model's weights
+    for flags in (["--speculate", "lookup"], ["--draft", str(folder)]):
+        assert ask(*coded, *flags) == text
+    (tmp_path / "in").write_text('{"prompt": "I have pain"}\n')
+    assert generate("--input", "in", "--output", "out", *greedy, *coded)[0] == 0
+    assert json.loads((tmp_path / "out").read_text())["text"] == text
+    code, out, err = generate(*greedy, *coded, "--verbose", stdin=b"I have pain\nAnd fever\n")
+    assert code == 0
+    assert text in out
+    assert "parameters, float32 on cpu, KV cache int8" in err
+
+
 def test_a_draft_model_of_another_tokenizer_is_refused(
     generate: Generate, tmp_path: Path, small_tokenizer: Tokenizer
 ) -> None:
@@ -227,6 +249,7 @@ def test_verbose_says_which_kernels_run(generate: Generate) -> None:
         (["--prompt", "x", "--draft", "nowhere"], "nowhere"),
         (["--prompt", "x", "--draft", "nowhere", "--speculate", "lookup"], "exclude each other"),
         (["--prompt", "x", "--speculate", "often"], "--speculate"),
+        (["--prompt", "x", "--kv_cache", "int4"], "--kv_cache: invalid choice: 'int4' (choose from"),
         (["--input", "y", "--output", "z", "--speculate", "lookup"], "one answer at a time; --input has --batch_size"),
         (["--input", "y", "--output", "z", "--draft", "d"], "one answer at a time; --input has --batch_size"),
         (["--prompt", "x", "--offload"], "--offload spares a GPU's memory, and --device is cpu"),

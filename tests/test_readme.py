@@ -13,6 +13,7 @@ import pytest
 import convert_weights
 import generate
 from data import prepare
+from data.conditions import load_table
 from llama.arguments import parse
 from llama.config import PRESETS
 
@@ -102,6 +103,21 @@ def test_what_rounding_costs_is_measured() -> None:
     assert "perplexity " + " / ".join(f"x{f:.4f}" for f in figures) in README
 
 
+def test_an_int8_cache_is_measured() -> None:
+    rows = result("cache_cpu.json")
+    ratios = " / ".join(f"{r['decode_ratio']:.2f}x" for r in rows)
+    assert "behind " + " / ".join(f"{r['positions']:,}" for r in rows) + f" positions | {ratios} the full" in README
+    sizes = [rows[0][name]["bytes_per_token"] for name in ("int8", "full")]  # type: ignore[index]
+    assert "{:,} bytes a token instead of {:,} |".format(*sizes) in README
+    quality = next(r for r in result("quantised_cpu.json") if r["rounding"] == "int8 cache")
+    assert f"perplexity x{quality['perplexity_ratio']:.4f} the full cache's" in README
+    c = PRESETS["7b"]
+    numbers = 2 * c.n_layers * c.n_kv_heads
+    of_7b = [numbers * (c.head_dim + 4), numbers * c.head_dim * 2, numbers * c.head_dim * 4]
+    text = " ".join(README.split())
+    assert "{:,} bytes instead of {:,} in 16 bits or, on a CPU, {:,} in fp32".format(*of_7b) in text
+
+
 def test_what_guessing_ahead_wins_is_measured() -> None:
     document = json.loads((ROOT / "bench/results/speculative_cpu.json").read_text())
     line = next(line for line in README.splitlines() if line.startswith("| `--speculate lookup`, 110M bf16"))
@@ -122,6 +138,7 @@ def test_training_figures_are_measured(shape: str) -> None:
 
 
 def test_default_run_is_measured() -> None:
+    assert f"from a table of {len(load_table().conditions)} conditions" in README
     r = json.loads((ROOT / "bench/results/default_cpu.json").read_text())["results"]
     assert f"{r['wall_seconds']:.0f} s, {r['tokens_per_s']:,} tokens/s" in README
     for title, shares in r["named_right"].items():

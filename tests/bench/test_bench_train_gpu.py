@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bench import bench_train_gpu as bench
+from bench import lines
 from llama.chat import IGNORE
 from llama.config import PRESETS
 
@@ -71,16 +72,16 @@ def test_a_line_that_fails_says_why(monkeypatch: pytest.MonkeyPatch, capsys: pyt
         raise torch.OutOfMemoryError("no")
 
     monkeypatch.setattr(bench, "ours", no_memory)
-    bench.worker(PACKED.name, "cpu")
+    lines.worker(bench.TABLE, PACKED.name, "cpu")
     assert json.loads(capsys.readouterr().out) == {"failed": "out of memory with 2 rows"}
 
 
 def test_without_a_gpu_nothing_is_measured(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert bench.main([]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + len(bench.LINES)
-    assert all(line.endswith("not measured") for line in lines[1:])
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == 1 + len(bench.LINES)
+    assert all(line.endswith("not measured") for line in shown[1:])
 
 
 def test_the_table_compares_with_our_best_of_the_shape() -> None:

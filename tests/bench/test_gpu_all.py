@@ -15,7 +15,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPT = ROOT / "bench/gpu_all.sh"
 
-PARTS = ("device_tests", "peers", "kernels", "training", "tiles")
+PARTS = ("device_tests", "peers", "graph_steps", "kernels", "training", "decoding", "tiles")
 
 # In the place of python: one GPU, and parts that do what the variables say.
 PLAYED = """#!/usr/bin/env bash
@@ -24,6 +24,7 @@ case "$*" in
   *find_spec*) for absent in $ABSENT; do [[ $* == *"'$absent'"* ]] && exit 1; done; exit 0 ;;
   "-m pip"*) echo "pip $*" >>"$CALLS" ;;
   "-m pytest"*on_device*) echo "$*" >>"$CALLS"; echo "${DEVICE_SAYS:-12 passed in 3.4s}"; eval "${DO_DEVICE:-true}" ;;
+  "-m pytest"*fixed_step*) echo "$*" >>"$CALLS"; echo "3 passed in 1s"; eval "${DO_STEPS:-true}" ;;
   "-m pytest"*) echo "$*" >>"$CALLS"; echo "5 passed in 1s"; eval "${DO_PEERS:-true}" ;;
   "-m bench.bench_kernels"*)
     echo "$*" >>"$CALLS"
@@ -36,6 +37,11 @@ case "$*" in
     echo "$*" >>"$CALLS"
     echo "7b adamw_split, packed, nothing recomputed  12,345  55.0%"
     eval "${DO_TRAINING:-true}" ;;
+  "-m bench.bench_decode_gpu"*)
+    echo "$*" >>"$CALLS"
+    echo "7b int4, alone  765.4   61%"
+    echo "7b int8, alone  WRONG: ids of step 3 differ from a plain step's"
+    eval "${DO_DECODING:-true}" ;;
   "-m bench.bench_tiles"*)
     echo "$*" >>"$CALLS"
     echo '    ("dq", 90, 128, 2): Tiles(64, 64, 8, 2),  # time'
@@ -82,9 +88,9 @@ def test_without_a_gpu_it_says_so_and_shows_the_table(tmp_path: Path) -> None:
     lines = done.stdout.splitlines()
     assert lines[0] == "no GPU: nothing is measured"
     assert lines[1].startswith("operation")
-    begin = next(i for i, line in enumerate(lines) if line.startswith("training"))
+    begin, middle = (next(i for i, line in enumerate(lines) if line.startswith(t)) for t in ("training", "decoding"))
     assert done.stdout.count("not measured  no GPU") == begin - 3
-    assert all(line.endswith("not measured") for line in lines[begin + 1 :])
+    assert all(line.endswith("not measured") for line in lines[begin + 1 : middle] + lines[middle + 1 :])
     assert not (tmp_path / "out").exists()
 
 
@@ -98,12 +104,13 @@ def test_every_part_runs_in_order(run: Callable[..., tuple]) -> None:
     done, out, calls = run()
     assert done.returncode == 0, done.stdout + done.stderr
     assert status(done.stdout) == dict.fromkeys(PARTS, "ok")
-    benches = ["bench.bench_kernels", "bench.bench_train_gpu", "bench.bench_tiles"]
-    assert [call.split()[1] for call in calls] == ["pytest", "pytest", *benches]
+    benches = ["bench.bench_kernels", "bench.bench_train_gpu", "bench.bench_decode_gpu", "bench.bench_tiles"]
+    assert [call.split()[1] for call in calls] == ["pytest"] * 3 + benches
     assert "-n " in calls[0]
     assert "--dist loadgroup" in calls[0]
     assert "-m gpu tests/kernels/on_device" in calls[0]
     assert calls[1].endswith("tests/kernels/test_peers.py")
+    assert calls[2].endswith("-m gpu tests/llama/test_fixed_step.py")
     assert "strict-markers" not in calls[0]
     assert "addopts" not in calls[0]
     assert sorted(p.name for p in out.iterdir()) == ["logs.txt", "summary.txt"]
@@ -113,18 +120,28 @@ def test_every_part_runs_in_order(run: Callable[..., tuple]) -> None:
     assert "flex 100 TFLOP/s" in logs
     summary = (out / "summary.txt").read_text()
     assert done.stdout.endswith(summary)
-    for said in ("triton 3.6.0", "1.33x", "1 of 1 rows measured", "Tiles(64, 64, 8, 2)", "12 passed in 3.4s", "12,345"):
+    for said in (
+        "triton 3.6.0",
+        "1.33x",
+        "1 of 1 rows measured",
+        "Tiles(64, 64, 8, 2)",
+        "12 passed in 3.4s",
+        "12,345",
+        "765.4",
+        "WRONG",
+    ):
         assert said in summary
     assert "flex" not in summary  # in the log only: it has no target
 
 
 def test_the_time_is_shared_out(run: Callable[..., tuple]) -> None:
     _, _, calls = run(TIME="480")
-    kernels, training, tiles = (float(call.partition("--seconds ")[2].split()[0]) for call in calls[2:])
-    assert 260 < kernels <= 480 - 120 - 45 - 45  # all that is left but for the two last, less what it may take beyond
-    assert 380 < training <= 480 - 45 - 45
+    kernels, training, decoding, tiles = (float(call.partition("--seconds ")[2].split()[0]) for call in calls[3:])
+    assert 205 < kernels <= 480 - 90 - 100 - 30 - 45  # all that is left but for the last, less what it may take beyond
+    assert 295 < training <= 480 - 100 - 30 - 45
+    assert 405 < decoding <= 480 - 30 - 35
     assert 440 < tiles <= 480 - 5 - 15
-    assert "--head 128 64" in calls[4]
+    assert "--head 128 64" in calls[-1]
     _, _, calls = run(TIME="150")
     assert "--head 128 --seconds" in calls[-1]
 
@@ -135,8 +152,10 @@ def test_the_time_is_shared_out(run: Callable[..., tuple]) -> None:
         ({"DO_DEVICE": "exit 1", "DEVICE_SAYS": "1 failed, 11 passed"}, "device_tests", 1),
         ({"DO_DEVICE": "exit 5", "DEVICE_SAYS": "no tests ran"}, "device_tests", 1),
         ({"DO_PEERS": "exit 1"}, "peers", 1),
+        ({"DO_STEPS": "exit 1"}, "graph_steps", 1),
         ({"DO_KERNELS": "exit 1"}, "kernels", 0),
         ({"DO_TRAINING": "exit 1"}, "training", 0),
+        ({"DO_DECODING": "exit 1"}, "decoding", 0),
         ({"DO_TILES": "kill -SEGV $$"}, "tiles", 0),
     ],
 )

@@ -31,7 +31,7 @@ def write(folder: Path, conditions: str = BLOCK, symptoms: str = SYMPTOMS) -> Pa
 
 
 def test_table_is_large_and_every_symptom_has_wordings_on_both_sides(table: Table) -> None:
-    assert len(table.conditions) >= 150
+    assert len(table.conditions) >= 300
     used = {s for c in table.conditions for s in c.symptoms}
     assert used == set(table.symptoms)
     assert all(len(s.wordings) >= 3 and s.held_out for s in table.symptoms.values())
@@ -42,9 +42,9 @@ def test_no_wording_is_on_both_sides_or_in_two_symptoms(table: Table) -> None:
     assert len(wordings) == len(set(wordings))
 
 
-def test_any_two_conditions_share_less_than_half_of_their_symptoms(table: Table) -> None:
+def test_any_two_conditions_share_at_most_half_of_their_symptoms(table: Table) -> None:
     shared = {(a.name, b.name): len(set(a.symptoms) & set(b.symptoms)) for a, b in combinations(table.conditions, 2)}
-    assert max(shared.values()) <= 4, max(shared, key=lambda pair: shared[pair])
+    assert max(shared.values()) <= 3, max(shared, key=lambda pair: shared[pair])
 
 
 def test_most_triples_of_symptoms_name_one_condition(table: Table) -> None:
@@ -74,6 +74,12 @@ def test_every_condition_has_red_flags_and_no_dose(table: Table) -> None:
         "cauda equina syndrome",
         "diabetic ketoacidosis",
         "aortic dissection",
+        "opioid overdose",
+        "placental abruption",
+        "suicidal crisis",
+        "swallowed button battery",
+        "compartment syndrome",
+        "spinal cord compression",
     ],
 )
 def test_emergencies_are_marked(table: Table, name: str) -> None:

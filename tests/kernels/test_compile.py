@@ -143,3 +143,32 @@ def test_faults_and_gaps_are_named() -> None:
     assert bench_compile.growth({"a, sm_80: k": good}, {}) == ["a, sm_80: k: not in the baseline"]
     assert bench_compile.growth({}, {"a, sm_80: k": good}) == ["a, sm_80: k: in the baseline only"]
     assert bench_compile.growth({}, {"a, sm_80: k": good}, lambda key: False) == []
+
+
+def test_a_baseline_is_renewed_in_part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Only the named scenes' rows are new; those of scenes that are gone go, and all stand in the scenes' order."""
+    document = json.loads(BASELINES[0].read_text())
+    rows = document["results"]
+    asked: list[list[str]] = []
+
+    def compiled(names: list[str], *_: object) -> list[bench_compile.Rows]:
+        asked.append(names)
+        return [{f"{name}, sm_80: new_kernel": next(iter(rows.values()))} for name in names]
+
+    monkeypatch.setattr(bench_compile, "compile_scenes", compiled)
+    path = tmp_path / "baseline.json"
+    path.write_text(json.dumps({"results": {"a scene of old, sm_80: kernel": {}, **rows}}))
+    bench_compile.main(["--update", "--only", "bounded", "rope", "--baseline", str(path)])
+    (names,) = asked
+    assert "decode bf16 128 bounded" in names
+    assert all("bounded" in name or "rope" in name for name in names)
+    renewed = json.loads(path.read_text())["results"]
+    of_names = {key for key in renewed if bench_compile.scene_of(key) in names}
+    assert of_names == {f"{name}, sm_80: new_kernel" for name in names}
+    others = {key: row for key, row in renewed.items() if key not in of_names}
+    assert others == {key: row for key, row in rows.items() if bench_compile.scene_of(key) not in names}
+    order = list(bench_compile.scenes(everyday=False))
+    places = [order.index(bench_compile.scene_of(key)) for key in renewed]
+    assert places == sorted(places)
+    with pytest.raises(SystemExit):
+        bench_compile.main(["--only", "no such scene"])

@@ -50,6 +50,12 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None) -> Te
     return out
 
 
+def starts(B: int, S: int, seed: int) -> Tensor:
+    """Starts (B, S) of documents of random lengths."""
+    cut = torch.randint(0, 2, (B, S), generator=torch.Generator().manual_seed(seed)).bool()
+    return torch.where(cut, torch.arange(S), 0).cummax(1).values.int()
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     st.integers(1, 4),
@@ -68,14 +74,67 @@ def test_attention_is_softmax_over_what_a_row_may_see(
     q, k, v = normal(B, T, H, 6, seed=seed), normal(B, S, G, 6, seed=seed + 1), normal(B, S, G, 6, seed=seed + 2)
     borders = None
     if documents:
-        cut = torch.randint(0, 2, (B, S), generator=torch.Generator().manual_seed(seed)).bool()
-        start = torch.where(cut, torch.arange(S), 0).cummax(1).values.int()
+        start = starts(B, S, seed)
         borders = (start, torch.full_like(start, S))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference, "TILE", 5)
         patch.setattr(reference, "CALL", call)  # 0: one query is called row by row wherever rows differ
         got = kernels.attention(q, k, v, borders)
     torch.testing.assert_close(got, naive_attention(q, k, v, borders and borders[0]), rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 3),
+    st.integers(1, 12),
+    st.integers(0, 20),
+    st.sampled_from([(4, 4), (4, 2), (3, 1)]),
+    st.sampled_from(["whole", "documents", "length"]),
+    st.sampled_from([1, 100, 10**9]),
+    st.sampled_from([0, 20_000]),
+    st.integers(0, 99),
+)
+def test_attention_of_codes_is_that_of_what_they_stand_for(
+    B: int, T: int, past: int, heads: tuple[int, int], kind: str, codes: int, call: int, seed: int
+) -> None:
+    H, G = heads
+    S = past + T
+    q, k, v = normal(B, T, H, 6, seed=seed), normal(B, S, G, 6, seed=seed + 1), normal(B, S, G, 6, seed=seed + 2)
+    v *= normal(B, S, G, 1, seed=seed + 3).mul(3).exp()
+    (k, k_scales), (v, v_scales) = kernels.to_codes(k), kernels.to_codes(v)
+    exact = (k.double() * k_scales[..., None], v.double() * v_scales[..., None])
+    start = starts(B, S, seed) if kind == "documents" else None
+    length, spare = None, 5
+    if kind == "length":
+        length = torch.tensor([S], dtype=torch.int32)
+        k, v = (F.pad(t, (0, 0, 0, 0, 0, spare), value=77) for t in (k, v))
+        k_scales, v_scales = (F.pad(t, (0, 0, 0, spare), value=1e4) for t in (k_scales, v_scales))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "CODES", codes)
+        patch.setattr(reference, "CALL", call)
+        documents = None if start is None else (start, torch.full_like(start, S))
+        got = kernels.attention(q, k, v, documents, length, (k_scales, v_scales))
+    want = naive_attention(q.double(), *exact, start)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=2e-6 * float(exact[1].abs().max()))
+
+
+def test_codes_of_heads_by_hand() -> None:
+    x = torch.tensor([[[127.0, -63.4, 0.5, 0.51], [-4e-31, 0, 0, 0]], [[0, 0, 0, 0], [2e30, -1e30, 0, 3e28]]])
+    codes, scales = kernels.to_codes(x)
+    assert (codes.dtype, scales.dtype) == (torch.int8, torch.float32)
+    assert codes.tolist() == [[[127, -63, 0, 1], [0, 0, 0, 0]], [[0, 0, 0, 0], [127, -64, 0, 2]]]
+    assert scales[0, 0] == 1
+    assert torch.equal(kernels.from_codes(codes, scales, torch.float32)[0, 0], torch.tensor([127.0, -63, 0, 1]))
+    assert kernels.from_codes(codes, scales, torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_codes_are_off_by_half_a_scale_at_most(dtype: torch.dtype) -> None:
+    x = normal(50, 4, 64, dtype=dtype) * normal(50, 4, 1, seed=1).exp().to(dtype)
+    codes, scales = kernels.to_codes(x)
+    error = (codes.double() * scales[..., None] - x.double()).abs()
+    assert (error <= 0.5001 * scales[..., None]).all()
+    assert codes.abs().amax(-1).min() == 127
 
 
 def test_rope_rotates_pairs_by_position() -> None:
@@ -205,6 +264,14 @@ def product(**change: Tensor | int) -> Tensor:
     return kernels.quantised_linear(**{**right, **change})
 
 
+def of_codes(**change: Tensor) -> Tensor:
+    """Attention of two queries over three positions of codes, but for one argument."""
+    right = {"q": torch.ones(1, 2, 1, 4)} | {name: torch.ones(1, 3, 1, 4).char() for name in "kv"}
+    right |= {f"{name}_scales": torch.ones(1, 3, 1) for name in "kv"}
+    q, k, v, *scales = {**right, **change}.values()
+    return kernels.attention(q, k, v, scales=tuple(scales))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -220,6 +287,14 @@ def product(**change: Tensor | int) -> Tensor:
             lambda: kernels.attention(*[torch.ones(1, 2, 1, 4)] * 3, (torch.zeros(1, 2), torch.zeros(1, 2))),
             "attention: documents",
         ),
+        (lambda: of_codes(k=torch.ones(1, 3, 1, 4)), "attention: k of torch.float32 with scales"),
+        (
+            lambda: of_codes(v_scales=torch.ones(1, 3, 1).half()),
+            r"v of torch.int8 with scales \(1, 3, 1\) of torch.float16",
+        ),
+        (lambda: of_codes(k_scales=torch.ones(1, 3)), r"scales \(1, 3\) of .*int8 and float32 \(1, 3, 1\) are needed"),
+        (lambda: of_codes(v_scales=torch.ones(1, 3, 1, device="meta")), "v's scales on meta, the rest on cpu"),
+        (lambda: of_codes(q=torch.ones(1, 2, 1, 4).requires_grad_()), r"attention: .*no gradient.*torch.no_grad\(\)"),
         (lambda: kernels.linear_cross_entropy(torch.ones(2, 3), torch.ones(5, 4), torch.ones(2)), "linear_cross"),
         (
             lambda: kernels.linear_cross_entropy(

@@ -29,10 +29,12 @@ def answers(model: Llama) -> dict[str, Any]:
     """Ids drawn in every way, in one context, and the logits after the prompt."""
     context = Context(model)
     ids = [list(stream(model, PROMPT, params, 24, context=context)) for params in WAYS]
+    coded = Context(model, cache_dtype=torch.int8)
+    from_codes = list(stream(model, PROMPT, WAYS[0], 24, context=coded))
     with torch.inference_mode():
         logits = model(torch.tensor([PROMPT]))[0, -1].float().tolist()
     assert context.cache is not None
-    return {"ids": ids, "logits": logits, "cache_heads": context.cache._kv.shape[2] // 2}
+    return {"ids": ids, "from_codes": from_codes, "logits": logits, "cache_heads": context.cache._kv.shape[2] // 2}
 
 
 def main() -> None:

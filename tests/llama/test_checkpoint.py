@@ -481,3 +481,37 @@ def test_a_full_disk_leaves_the_earlier_model(
         save_model(small_disk / "m", made(big).named_parameters(), big, small_tokenizer, ChatFormat())
     assert same(load_model(small_disk / "m"), model)
     assert not list((small_disk / "m").glob(".*"))
+
+
+def test_a_gguf_file_is_opened_once_until_it_changes(
+    tmp_path: Path, tiny_config: LlamaConfig, small_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gguf")
+    from llama import gguf_files
+
+    read: list[Path] = []
+    right = gguf_files.read_header
+    monkeypatch.setattr(gguf_files, "read_header", lambda path: read.append(path) or right(path))
+    path = tmp_path / "m.gguf"
+
+    def written(c: LlamaConfig) -> None:
+        weights = dict(made(c).named_parameters())
+        tensors = ((e, weights[e.name].detach()) for e in entries(c))
+        gguf_files.write_gguf(path, tensors, c, small_tokenizer, "F32", "test", ChatFormat("plain"))
+
+    written(tiny_config)
+    for _ in range(2):
+        assert load_config(path) == tiny_config
+        assert load_model(path).config == tiny_config
+        assert load_tokenizer(path).vocab_size == small_tokenizer.vocab_size
+        assert checkpoint.load_chat_format(path) == ChatFormat("plain")
+        assert checkpoint.stored_dtype(path) == torch.float32
+    assert read == [path]
+    deeper = dataclasses.replace(tiny_config, n_layers=tiny_config.n_layers + 1)
+    written(deeper)
+    assert load_model(path).config == deeper
+    assert read == [path, path]
+    path.write_bytes(b"GGUF" + bytes(60))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"m\.gguf"):
+            load_config(path)

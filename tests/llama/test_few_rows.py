@@ -12,7 +12,7 @@ from llama import few_rows
 from llama.config import LlamaConfig
 from llama.generation import lay_out_for_decoding
 from llama.model import Llama
-from llama.quantize import QuantisedLinear, Scheme, nearest, replace
+from llama.quantize import QuantisedLinear, Scheme, empty, nearest, replace
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +47,42 @@ def test_packed_products_err_no_more_than_linears(rows: tuple[int, int]) -> None
         y = module(x)
         assert y.dtype == torch.float32
         assert (y.double() - exact).abs().max() <= 2 * plain
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("rows", [(1, 1), (3, 1), (4, 1), (2, 40)])
+@pytest.mark.parametrize("piece", [64, 1000, 1 << 20])
+def test_fp16_products_err_no_more_than_linears(
+    rows: tuple[int, int], piece: int, onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if onednn and not few_rows.has_onednn():
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(few_rows, "has_onednn", lambda: onednn)
+    monkeypatch.setattr(few_rows, "WIDENED", piece)
+    weight, x = random(33, 64).half(), random(*rows, 64, seed=1)
+    exact = nn.functional.linear(x.double(), weight.double())
+    plain = (nn.functional.linear(x.half(), weight).double() - exact).abs().max()
+    y = few_rows.HalfLinear(weight)(x)
+    assert y.dtype == torch.float32
+    assert y.shape == (*rows, 33)
+    assert (y.double() - exact).abs().max() <= (2 * plain if y.numel() <= 3 * 33 else 1e-4)
+
+
+def test_many_rows_never_meet_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no fast product of them: 64 rows took 15 times as long as in bf16."""
+    made: list[torch.dtype] = []
+    right = nn.functional.linear
+
+    def counted(x: Tensor, weight: Tensor) -> Tensor:
+        made.append(weight.dtype)
+        return right(x, weight)
+
+    monkeypatch.setattr(few_rows.F, "linear", counted)
+    monkeypatch.setattr(few_rows, "has_onednn", lambda: False)
+    module = few_rows.HalfLinear(random(16, 32).half())
+    for rows in (1, 3, 4, 65):
+        module(random(rows, 32))
+    assert made == [torch.float16] * 2 + [torch.float32] * 2
 
 
 SCHEMES = [Scheme(8, 0), Scheme(4, 32), Scheme(4, 64), Scheme(4, 128)]
@@ -119,7 +155,7 @@ def test_linears_of_several_kinds_are_not_joined() -> None:
     assert type(parent.a) is nn.Linear
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_model_laid_out_gives_the_same_logits(dtype: torch.dtype, tied: bool) -> None:
     config = LlamaConfig(32, 2, 4, 2, 48, 100, tie_embeddings=tied)
@@ -168,3 +204,18 @@ def test_small_biased_and_foreign_layers_stay(monkeypatch: pytest.MonkeyPatch) -
     layers = nn.ModuleList([nn.Linear(5, 5, bias=False), nn.Linear(20, 20), nn.Linear(20, 20, bias=False).double()])
     few_rows.lay_out(layers)
     assert all(type(m) is nn.Linear for m in layers)
+
+
+@pytest.mark.parametrize("scheme", [None, Scheme(8, 0), Scheme(4, 32)])
+def test_off_the_cpu_weights_are_joined_and_the_others_stay(scheme: Scheme | None) -> None:
+    """On meta, which stands in for a GPU: a lone weight gains nothing, and a quantised one would be copied."""
+    with torch.device("meta"):
+        model = Llama(LlamaConfig(64, 2, 4, 2, 128, 100))
+    if scheme:
+        replace(model.layers, lambda _, linear: empty(linear, scheme, "meta", torch.bfloat16), scheme.bits)
+    lone = [m for layer in model.layers for m in (layer.attn.o, layer.mlp.down)]
+    lay_out_for_decoding(model)
+    assert [m for layer in model.layers for m in (layer.attn.o, layer.mlp.down)] == lone
+    kind = QuantisedLinear if scheme else nn.Linear
+    assert {type(layer.attn.joined) for layer in model.layers} == {kind}
+    assert type(model.head) is kind

@@ -98,7 +98,7 @@ def test_the_host_decides_nothing_about_a_step() -> None:
     cache = cache_of(model, 1, 40)
     model(torch.arange(10)[None], cache=cache)
     step = FixedStep(model, cache)
-    model._tables(40, torch.device("cpu"))
+    model.rotation(40, torch.device("cpu"))
 
     def run(tokens: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
         step._tokens, step._fixed.place = tokens, place

@@ -437,6 +437,31 @@ def test_generate_says_what_is_wrong_in_one_line(
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}: has no adapter_config.json")
 
 
+def test_generate_warns_of_another_base(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of one that the adapters name and that is here; not of a copy, nor of what is not here to compare."""
+    config = checkpoint.load_config(base)
+    model = adapted(config, LoRAConfig(4))
+    tokenizer = checkpoint.load_tokenizer(base)
+    other, copy, adapter = tmp_path / "other", tmp_path / "copy", tmp_path / "adapter"
+    weights = Llama(config)
+    weights.init_weights(5)
+    checkpoint.save_model(other, weights.named_parameters(), config, tokenizer, ChatFormat("plain"))
+    shutil.copytree(base, copy)
+    lora_files.save_adapter(adapter, model, LoRAConfig(4), base)
+    for given, warned in ((base, False), (copy, False), (other, True)):
+        flags = ["--checkpoint", str(given), "--adapter", str(adapter), "--prompt", "x", "--max_new_tokens", "1"]
+        assert generate.main(flags) == 0
+        told = capsys.readouterr().err
+        assert (
+            f"warning: {adapter} was made for {base.resolve()}, whose weights are not those of {given}" in told
+        ) is (warned)
+    for name in ("meta-llama/Llama-2-7b-hf", str(tmp_path), None):  # on a hub, without weights, not said
+        lora_files.save_adapter(tmp_path / f"of {bool(name)} {len(str(name))}", model, LoRAConfig(4), base)
+        config_file = tmp_path / f"of {bool(name)} {len(str(name))}" / "adapter_config.json"
+        config_file.write_text(json.dumps({**json.loads(config_file.read_text()), "base_model_name_or_path": name}))
+        assert lora_files.other_base(config_file.parent, other) is None
+
+
 def test_saved_adapters_are_checked_and_whole(base: Path, tmp_path: Path) -> None:
     adapter = LoRAConfig(4)
     model = adapted(checkpoint.load_config(base), adapter)

@@ -86,6 +86,8 @@ def test_two_ranks_answer_as_one(name: str, models: Path, ranks: list[dict[str, 
     """fp32: the same ids. Else the same on both ranks, and logits within what 16 bits and the int8 head round off."""
     one, two = split.alone(models / name), [r[name] for r in ranks]
     assert two[0]["ids"] == two[1]["ids"]
+    assert two[0]["from_codes"] == two[1]["from_codes"]
+    assert two[0]["from_codes"][:3] == one["from_codes"][:3]
     assert two[0]["logits"] == two[1]["logits"]
     logits, want = torch.tensor(two[0]["logits"]), torch.tensor(one["logits"])
     error = (logits - want).abs().max() / want.abs().max()

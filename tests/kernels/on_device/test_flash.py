@@ -355,6 +355,59 @@ def test_decode_within_a_length_on_the_device(
     torch.library.opcheck(decode.attention_decode, (q, k, v, None, there), test_utils="test_schema")
 
 
+@pytest.mark.parametrize(
+    ("B", "T", "S", "length", "H", "G", "K", "dtype"),
+    [
+        (2, 1, 300, None, 8, 2, 64, BF16),
+        (3, 1, 513, None, 4, 1, 128, F16),
+        (1, 8, 256, None, 8, 1, 32, F32),
+        (2, 3, 40, None, 2, 2, 24, F16),
+        (1, 1, 600, 257, 8, 2, 64, F32),
+        (2, 2, 300, 33, 4, 4, 32, BF16),
+    ],
+)
+def test_decode_over_codes(
+    B: int,
+    T: int,
+    S: int,
+    length: int | None,
+    H: int,
+    G: int,
+    K: int,
+    dtype: torch.dtype,
+    normal: Normal,
+    no_worse: Check,
+    fenced: Callable[[Tensor], Tensor],
+    device: torch.device,
+) -> None:
+    """Rows that begin where they like, or a length on the device, behind which scales are NaN; values of many sizes."""
+    q, k, v = (normal(B, t, h, K, seed=i, dtype=dtype) for i, (t, h) in enumerate(((T, H), (S, G), (S, G))))
+    sizes = normal(B, S, G, 1, seed=3).mul(3).exp() * 1e-3
+    (k, k_scales), (v, v_scales) = reference.to_codes(k), reference.to_codes(v * sizes)
+    k, v, *scales = (fenced(t) for t in (k, v, k_scales, v_scales))
+    documents = there = None
+    if length is None:
+        pad = torch.randint(0, S - T, (B, 1), generator=torch.Generator().manual_seed(S)).to(device)
+        start = torch.where(torch.arange(S, device=device) < pad, 0, pad).int()
+        documents = (start, torch.full_like(start, S))
+    else:
+        there = torch.tensor([length], dtype=torch.int32, device=device)
+    exact_k, exact_v = (t[:, :length].double() * s[:, :length, :, None] for t, s in zip((k, v), scales, strict=True))
+    exact = reference.attention(q.double(), exact_k, exact_v, documents)
+    peer = reference.attention(q, exact_k.to(dtype), exact_v.to(dtype), documents)
+    no_worse("plain", reference.attention_of_codes(q, k, v, tuple(scales), documents, there), peer, exact)
+    for s in scales:
+        s[:, length if length is not None else S :] = float("nan")
+    o = decode.attention(q, k, v, documents, there, tuple(scales))
+    no_worse("o", o, peer, exact)
+    for b in range(B):
+        row = tuple(d[b : b + 1] for d in documents) if documents else None
+        of_row = (t[b : b + 1] for t in (q, k, v))
+        assert torch.equal(o[b : b + 1], decode.attention(*of_row, row, there, tuple(s[b : b + 1] for s in scales)))
+    arguments = (q, k, v, documents and documents[0], there, *scales)
+    torch.library.opcheck(decode.attention_decode, arguments, test_utils="test_schema")
+
+
 def test_decode_takes_few_queries_behind_a_cache(normal: Normal) -> None:
     q, k = normal(1, 8, 8, 16), normal(1, 20, 1, 16)
     assert decode.takes(q, k)

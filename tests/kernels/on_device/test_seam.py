@@ -53,12 +53,34 @@ def operations(normal: Normal, device: torch.device) -> dict[str, tuple[Callable
         "attention": (kernels.attention, (q, k, k), {"attention_forward"}),
         "packed": (kernels.attention, (q, k, k, (start, end)), {"attention_forward"}),
         "decode": (kernels.attention, (q[:, 5:], k, k), {"attention_decode"}),
+        "decode_codes": (
+            lambda q, k, *s: kernels.attention(q, k, k, scales=s),
+            (q[:, 5:], k.mul(40).round().char(), k[..., 0].abs() / 40, k[..., 1].abs() / 40),
+            {"attention_decode"},
+        ),
+        "many_over_codes": (
+            lambda q, k, *s: kernels.attention(q, k, k, scales=s),
+            (q, k.mul(40).round().char(), k[..., 0].abs() / 40, k[..., 1].abs() / 40),
+            {"attention_forward"},
+        ),
         "loss": (kernels.linear_cross_entropy, (x, normal(40, 32, seed=6), targets), {"linear_cross_entropy"}),
         "codes": (kernels.quantised_linear, (x, codes, normal(40, 1, seed=7).mul(0.01), 4), {"quantised_linear"}),
     }
 
 
-NAMES = ("rms_norm", "add_rms_norm", "rope", "swiglu", "attention", "packed", "decode", "loss", "codes")
+NAMES = (
+    "rms_norm",
+    "add_rms_norm",
+    "rope",
+    "swiglu",
+    "attention",
+    "packed",
+    "decode",
+    "decode_codes",
+    "many_over_codes",
+    "loss",
+    "codes",
+)
 
 
 def flat(result: object) -> list[Tensor]:
