@@ -98,10 +98,13 @@ class Finding:
 
 
 def build(sources: Sequence[Source], out: str | Path, on_row: Callable[[], Any] = lambda: None) -> None:
-    """Write the database of some sources. ValueError when `out` is something else than an earlier database."""
+    """Write the database of some sources. ValueError when `out` is something else than an earlier database.
+
+    One of another version, or a damaged one, is replaced as well: building it again is the remedy for both.
+    """
     out = Path(out)
     if out.exists():
-        _check_header(out)
+        _header(out)
     names = [s.name for s in sources]
     for name in names:
         if names.count(name) > 1:
@@ -109,7 +112,9 @@ def build(sources: Sequence[Source], out: str | Path, on_row: Callable[[], Any] 
     with atomic_file(out) as file:
         connection = sqlite3.connect(file, isolation_level=None)
         try:
-            connection.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;" + _TABLES)
+            connection.executescript(
+                "PRAGMA page_size = 4096; PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;" + _TABLES
+            )
             connection.execute("BEGIN")
             _fill(connection, sources, on_row)
             connection.execute("COMMIT")
@@ -165,6 +170,17 @@ def open_database(path: str | Path) -> Database:
 
 
 def _check_header(path: Path) -> None:
+    head, size = _header(path)
+    version = int.from_bytes(head[60:64], "big")
+    if version != SCHEMA:
+        raise ValueError(f"{path}: is of version {version}, this program reads {SCHEMA}; build it again")
+    page, pages = int.from_bytes(head[16:18], "big"), int.from_bytes(head[28:32], "big")
+    if size != page * pages:
+        raise ValueError(f"{path}: is truncated ({size:,} bytes of {page * pages:,}); build it again")
+
+
+def _header(path: Path) -> tuple[bytes, int]:
+    """The first 100 bytes of a disease database, and the file's size. ValueError when it is none."""
     try:
         with path.open("rb") as f:
             head = f.read(100)
@@ -173,14 +189,9 @@ def _check_header(path: Path) -> None:
         raise ValueError(f"{path}: cannot be read ({e.strerror})") from None
     if not head.startswith(b"SQLite format 3\0") or len(head) < 100:
         raise ValueError(f"{path}: is not a disease database; make one with `python -m data.prepare diseases`")
-    application, version = (int.from_bytes(head[at : at + 4], "big") for at in (68, 60))
-    if application != APPLICATION:
+    if int.from_bytes(head[68:72], "big") != APPLICATION:
         raise ValueError(f"{path}: is an SQLite file, but no disease database")
-    if version != SCHEMA:
-        raise ValueError(f"{path}: is of version {version}, this program reads {SCHEMA}; build it again")
-    page, pages = int.from_bytes(head[16:18], "big"), int.from_bytes(head[28:32], "big")
-    if size != (65536 if page == 1 else page) * pages:
-        raise ValueError(f"{path}: is truncated ({size:,} bytes of {page * pages:,}); build it again")
+    return head, size
 
 
 class Database:
@@ -216,7 +227,7 @@ class Database:
         """The entries of a kind (DISEASE or PASSAGE) that fit a question or some symptoms best, none if nothing fits.
 
         The text is words and nothing else: no quote, star or AND in it means anything. Of a long one only the
-        beginning counts. quarantined: take poisoned rows in as well.
+        beginning counts. quarantined: take poisoned diseases in as well.
         """
         assert kind in (DISEASE, PASSAGE)
         if kind == PASSAGE:

@@ -105,6 +105,10 @@ def test_escaped_bytes_are_mended() -> None:
     assert mend(r"Caf\xc3\xa9 and Devil\\'S Claw\n  twice") == "Café and Devil'S Claw twice"
 
 
+def test_half_characters_go() -> None:
+    assert mend("a\ud800b\0c") == "ab c"
+
+
 def test_passages_keep_their_url_and_their_faults(tmp_path: Path) -> None:
     records = [
         {

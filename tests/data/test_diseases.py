@@ -202,10 +202,14 @@ def test_wrong_commands_are_one_line(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.csv", "link.csv", "notes.txt"]
 
 
-def test_an_earlier_database_is_replaced(sources: list[str], tmp_path: Path) -> None:
+def test_an_earlier_database_is_replaced_damaged_or_not(sources: list[str], tmp_path: Path) -> None:
     out = tmp_path / "x.db"
-    for _ in range(2):
+    for damage in (0, 60, 5000):
         assert prepare.main(["diseases", sources[0], str(out)]) == 0
+        whole = out.read_bytes()
+        out.write_bytes(whole[:damage] + b"\xff" * bool(damage) + whole[damage + bool(damage) : -damage or None])
+    assert prepare.main(["diseases", sources[0], str(out)]) == 0
+    assert out.read_bytes() == whole
     assert [p.name for p in tmp_path.iterdir()] == ["x.db"]
 
 
