@@ -19,6 +19,7 @@ TEXT_NAMES = (
     "files",
     "lora_config",
     "planner",
+    "provenance",
     "schedule",
     "screen",
     "tokenizer",
