@@ -88,6 +88,6 @@ def test_only_what_was_approved_is_exported(feedback: Feedback, tmp_path: Path) 
         ["Doctor [NAME], I cough.", "Rest."],
         ["Doctor [NAME], I cough.", "Rest, [NAME]."],
     ]
-    chosen, rejected = (r.dialogue.messages[-1].content for r in read_records(pairs_file(out), pairs=True, instruction=""))
-    assert (chosen, rejected) == ("Rest, [NAME].", "Run.")
+    pair = read_records(pairs_file(out), pairs=True, instruction="")
+    assert tuple(r.dialogue.messages[-1].content for r in pair) == ("Rest, [NAME].", "Run.")
     assert json.loads(found.pairs[0])["source"] == {"rating": 2, "model": "m", "reviewer": "Dr A"}
