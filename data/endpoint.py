@@ -66,15 +66,11 @@ class Endpoint:
         connections: int = 8,
         timeout: float = 120.0,
         attempts: int = ATTEMPTS,
-        first_wait: float = FIRST_WAIT,
     ) -> None:
-        """timeout: seconds from sending a request to the last byte of its reply. ValueError when url or key cannot be.
-
-        first_wait: see FIRST_WAIT.
-        """
+        """timeout: seconds for a whole reply, to its last byte. ValueError when url or key cannot be."""
         self._http = _http()
         self.url = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
-        self.timeout, self.attempts, self.first_wait = timeout, attempts, first_wait
+        self.timeout, self.attempts = timeout, attempts
         self.stop = threading.Event()  # set by whoever wants ask() to wait no longer
         self.answered = False
         self._pause_until = 0.0  # of all threads: a server that is asked too much means everyone
@@ -117,7 +113,7 @@ class Endpoint:
                 if last or not may_go_on:
                     why = "" if may_go_on else "; the budget allows no other attempt"
                     raise SetAside(f"{e} ({attempt} attempt{'s' * (attempt > 1)}{why})") from None
-                wait = min(LONGEST_WAIT, self.first_wait * 2 ** (attempt - 1)) * random.uniform(0.5, 1)
+                wait = min(LONGEST_WAIT, FIRST_WAIT * 2 ** (attempt - 1)) * random.uniform(0.5, 1)
                 if e.wait:  # without a lock: of two threads that write at once either will do
                     self._pause_until = max(self._pause_until, time.monotonic() + e.wait)
                 self.stop.wait(wait)

@@ -144,7 +144,11 @@ class Stub:
         if fault in ("nonsense", "html", "error"):
             raw = {"nonsense": b'{"choices": [{"mess', "html": b"<html>proxy</html>", "error": b'{"error": "busy"}'}
             return _send(http, 200, raw[fault])
-        self.closing.wait(10 if fault == "slow" else self.delay)
+        if fault == "slow":
+            self.closing.wait(10)
+            http.close_connection = True
+            return None
+        self.closing.wait(self.delay)
         prompt = body["messages"][-1]["content"]
         text = self.say(prompt)
         usage = {"prompt_tokens": len(prompt) // 4, "completion_tokens": len(text) // 4}

@@ -23,12 +23,17 @@ def ask() -> Iterator[Callable[..., Any]]:
     opened: list[Endpoint] = []
 
     def ask(stub: Stub, lost: list[str] | None = None, **options: Any) -> Reply:
-        opened.append(Endpoint(stub.url, first_wait=0.01, **{"timeout": 5.0, **options}))
+        opened.append(Endpoint(stub.url, **{"timeout": 5.0, **options}))
         return opened[-1].ask(BODY, lambda why: lost.append(why) or True if lost is not None else True)  # type: ignore[func-returns-value]
 
     yield ask
     for endpoint in opened:
         endpoint.close()
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FIRST_WAIT", 0.01)
 
 
 def stub(*faults: str, **options: Any) -> Stub:
@@ -88,7 +93,7 @@ def test_a_request_is_set_aside_after_its_last_attempt(ask: Callable[..., Reply]
 
 def test_no_attempt_follows_where_the_budget_has_no_room() -> None:
     with stub("nonsense") as server:
-        endpoint = Endpoint(server.url, first_wait=0.01)
+        endpoint = Endpoint(server.url)
         with pytest.raises(SetAside, match="budget"):
             endpoint.ask(BODY, lambda _: False)
         endpoint.close()
@@ -97,7 +102,7 @@ def test_no_attempt_follows_where_the_budget_has_no_room() -> None:
 
 def test_retry_after_holds_all_threads_back() -> None:
     with stub("429 0.6", delay=0.0) as server:
-        endpoint = Endpoint(server.url, first_wait=0.01)
+        endpoint = Endpoint(server.url)
         first = threading.Thread(target=endpoint.ask, args=(BODY, lambda _: True))
         began = time.monotonic()
         first.start()
@@ -124,7 +129,7 @@ def test_a_server_that_asks_for_hours_ends_the_run(ask: Callable[..., Reply]) ->
 
 def test_waiting_ends_when_the_run_does() -> None:
     with stub("429 60") as server:
-        endpoint = Endpoint(server.url, first_wait=30)
+        endpoint = Endpoint(server.url)
         threading.Timer(0.2, endpoint.stop.set).start()
         began = time.monotonic()
         with pytest.raises(Stopped):
