@@ -90,6 +90,7 @@ class Stub:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # head and content are two writes: the second would wait 40 ms
 
             def do_POST(self) -> None:
                 stub.handle(self)
