@@ -29,10 +29,7 @@ _ROLE = re.compile(
 _MODEL = re.compile(r"\b(as|i am|i'm) an? (\w+ ){0,3}(ai|language model|chatbot|virtual assistant)\b", re.IGNORECASE)
 _REFUSAL = re.compile(r"^(i'm |i am )?sorry,? but|^i (can't|cannot|can not) (help|assist|provide|write)", re.IGNORECASE)
 _PLACEHOLDER = re.compile(r"\[['\"\w]|['\"\w]\]|[{}]|<\w+>|\.\.\.$")
-_FACTS = re.compile(
-    r"\b(other names|symptoms|tests|medications|urgency|disease): |\bthe (facts|list) (above|below|given|provided)",
-    re.IGNORECASE,
-)
+_FACTS = re.compile(r"\b(Other names|Urgency|Disease|Facts):|\bthe (facts|list) (above|below|given|provided)\b")
 _DOSE = re.compile(r"\b\d+([.,]\d+)?\s?(mg|mcg|µg|g|grams?|milligrams?|ml|iu|units?)\b", re.IGNORECASE)
 _URGENT = re.compile(r"emergenc|ambulance|immediate|at once|right away|hospital|\b(911|112|999)\b", re.IGNORECASE)
 _WORD = re.compile(r"[^\W_]+")

@@ -248,21 +248,16 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Ask, keep, filter, write. Status 2 and one line on stderr for what is wrong, 130 when stopped before the end."""
-    args = parse(argv)
-    try:
-        entries = open_database(args.src).diseases()
-        asked = list(requests(entries[: args.rows], args.seed, args.subsets))
-        if not asked:
-            raise ValueError(f"{args.src}: its rows have no tests, medications or symptoms to ask about")
-        if args.dry_run:
-            print(preview(args, asked))
-            return 0
-        return _run(args, entries, asked)
-    except ValueError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+def generate(args: argparse.Namespace) -> int:
+    """Ask, keep, filter, write. ValueError for what is wrong; the exit code, 130 when stopped before the end."""
+    entries = open_database(args.src).diseases()
+    asked = list(requests(entries[: args.rows], args.seed, args.subsets))
+    if not asked:
+        raise ValueError(f"{args.src}: its rows have no tests, medications or symptoms to ask about")
+    if args.dry_run:
+        print(preview(args, asked))
+        return 0
+    return _run(args, entries, asked)
 
 
 def _run(args: argparse.Namespace, entries: Sequence[Entry], asked: Sequence[Request]) -> int:

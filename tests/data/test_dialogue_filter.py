@@ -74,7 +74,7 @@ def test_a_reply_that_was_cut_off() -> None:
         ("Rest and drink enough, says ['Fever', 'Cough'].", "prompt leak"),
         ("Rest and drink enough, [Name].", "prompt leak"),
         ("According to the facts given, rest and drink enough.", "prompt leak"),
-        ("Tests: x-ray. Rest and drink enough.", "prompt leak"),
+        ("Disease: influenza. Rest and drink enough.", "prompt leak"),
         (SYSTEM, "prompt leak"),
         (FORM.split("\n")[0].rstrip(":") + ".", "prompt leak"),
         ("Rest and drink enough \ud800.", "not valid Unicode"),
@@ -93,6 +93,7 @@ def test_what_no_dialogue_may_hold(answer: str, reason: str) -> None:
         "As a doctor, I would rest. I am an old friend of fluids!",
         "Rest (and drink) enough…",
         "Is it worse at night?",
+        "Two medications: oseltamivir and acetaminophen. Tests: none.",
     ],
 )
 def test_ordinary_answers_pass(answer: str) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from data import generate_dialogues
+from data import prepare
 from data.disease_sources import Row, Source
 from data.diseases import build
 from data.records import read_records
@@ -39,7 +39,18 @@ def command(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     def command(stub: Stub | str, *flags: str) -> list[str]:
         url = stub if isinstance(stub, str) else stub.url
-        return [str(database), str(tmp_path / "out.jsonl"), "--endpoint", url, "--model", "m", "--subsets", "2", *flags]
+        return [
+            "generate",
+            str(database),
+            str(tmp_path / "out.jsonl"),
+            "--endpoint",
+            url,
+            "--model",
+            "m",
+            "--subsets",
+            "2",
+            *flags,
+        ]
 
     return command
 
@@ -50,7 +61,7 @@ def lines(path: Path) -> list[dict[str, object]]:
 
 def test_end_to_end(command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Stub() as stub:
-        assert generate_dialogues.main(command(stub)) == 0
+        assert prepare.main(command(stub)) == 0
         assert set(stub.answered.values()) == {1}
         assert len(stub.asked) == ASKED
         assert stub.asked[0]["model"] == "m"
@@ -73,14 +84,14 @@ def test_the_file_is_the_same_whatever_comes_first(command: Callable[..., list[s
     """And is made anew from the journal without asking."""
     out = tmp_path / "out.jsonl"
     with Stub() as stub:
-        assert generate_dialogues.main(command(stub, "--concurrency", "1")) == 0
+        assert prepare.main(command(stub, "--concurrency", "1")) == 0
         one = out.read_bytes()
         (tmp_path / "out.jsonl.journal").unlink()
         out.unlink()
-        assert generate_dialogues.main(command(stub, "--concurrency", "8")) == 0
+        assert prepare.main(command(stub, "--concurrency", "8")) == 0
         assert out.read_bytes() == one
         asked = len(stub.asked)
-        assert generate_dialogues.main(command(stub)) == 0
+        assert prepare.main(command(stub)) == 0
         assert len(stub.asked) == asked
     assert out.read_bytes() == one
 
@@ -88,7 +99,7 @@ def test_the_file_is_the_same_whatever_comes_first(command: Callable[..., list[s
 def test_faults_cost_nothing_but_time(command: Callable[..., list[str]], tmp_path: Path) -> None:
     faults = ["429 0.05", "500", "cut", "nonsense", "slow", "html", "", "502", "no usage", "error"]
     with Stub(faults) as stub:
-        assert generate_dialogues.main(command(stub, "--timeout", "0.7")) == 0
+        assert prepare.main(command(stub, "--timeout", "0.7")) == 0
         assert len(stub.answered) == ASKED
         assert set(stub.answered.values()) == {1}
     assert not [r for r in lines(tmp_path / "out.jsonl.rejected") if r["reason"] == "no reply"]
@@ -98,10 +109,10 @@ def test_what_fails_for_good_is_set_aside_and_asked_again(
     command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with Stub(["nonsense"] * 3) as stub:
-        assert generate_dialogues.main(command(stub, "--concurrency", "1")) == 0
+        assert prepare.main(command(stub, "--concurrency", "1")) == 0
         assert "9 answered, 1 set aside" in capsys.readouterr().err
         assert [r for r in lines(tmp_path / "out.jsonl.rejected") if r["reason"] == "no reply"]
-        assert generate_dialogues.main(command(stub)) == 0
+        assert prepare.main(command(stub)) == 0
         assert "10 answered, 0 set aside" in capsys.readouterr().err
         assert set(stub.answered.values()) == {1}
 
@@ -113,7 +124,7 @@ def test_what_cannot_succeed_stops_with_one_line(
     command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str], fault: str, said: str
 ) -> None:
     with Stub(["", "", "", fault] + [fault] * 9) as stub:
-        assert generate_dialogues.main(command(stub, "--concurrency", "1")) == 2
+        assert prepare.main(command(stub, "--concurrency", "1")) == 2
         assert len(stub.asked) == 4
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(error) == 1
@@ -126,7 +137,7 @@ def test_a_server_that_is_down_ends_the_run(
     command: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with Stub(["500"] * 1000) as stub:
-        assert generate_dialogues.main(command(stub, "--concurrency", "4")) == 2
+        assert prepare.main(command(stub, "--concurrency", "4")) == 2
     assert "5 requests in a row failed, the last: HTTP 500" in capsys.readouterr().err
 
 
@@ -134,7 +145,7 @@ def test_a_server_that_is_down_ends_the_run(
 
 
 def start(argv: list[str]) -> subprocess.Popen[str]:
-    program = [sys.executable, "-m", "data.prepare", "generate", *argv]
+    program = [sys.executable, "-m", "data.prepare", *argv]
     return subprocess.Popen(program, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 
@@ -159,14 +170,14 @@ def test_killed_and_started_again_nothing_that_was_kept_is_asked_twice(
             kept = {json.loads(line)["key"] for line in journal.read_bytes().splitlines()[1:]}
             assert not out.exists()
         asked = len(stub.asked)
-        assert generate_dialogues.main(command(stub)) == 0
+        assert prepare.main(command(stub)) == 0
         assert len(stub.asked) - asked == ASKED - len(kept)
         assert sum(stub.answered.values()) <= ASKED + 2 * 2  # those on their way when it was killed
     killed = out.read_bytes()
     for path in (journal, out):
         path.unlink()
     with Stub() as stub:
-        assert generate_dialogues.main(command(stub)) == 0
+        assert prepare.main(command(stub)) == 0
     assert out.read_bytes() == killed
 
 
@@ -185,7 +196,7 @@ def test_asked_to_stop_it_keeps_what_is_on_its_way(
         answered = stub.answered.total()
         assert len((tmp_path / "out.jsonl.journal").read_bytes().splitlines()) - 1 == answered < ASKED
         assert not (tmp_path / "out.jsonl").exists()
-        assert generate_dialogues.main(command(stub)) == 0
+        assert prepare.main(command(stub)) == 0
         assert set(stub.answered.values()) == {1}
 
 
@@ -197,7 +208,7 @@ def test_the_budget_is_not_passed(
 ) -> None:
     flags = ["--price_in", "1000000", "--price_out", "1000000", "--concurrency", "4"]  # a token costs 1
     with Stub() as stub:
-        assert generate_dialogues.main(command(stub, *flags, "--budget", "2800")) == 0
+        assert prepare.main(command(stub, *flags, "--budget", "2800")) == 0
         first = stub.answered.total()
         assert 1 < first < ASKED
         said = capsys.readouterr().err
@@ -207,9 +218,9 @@ def test_the_budget_is_not_passed(
             int(r["prompt_tokens"]) + int(r["completion_tokens"]) for r in lines(tmp_path / "out.jsonl.journal")[1:]
         )  # type: ignore[call-overload]
         assert spent <= 2800 < spent + 2800
-        assert generate_dialogues.main(command(stub, *flags, "--budget", "2800")) == 0
+        assert prepare.main(command(stub, *flags, "--budget", "2800")) == 0
         assert stub.answered.total() == first  # what was spent before counts
-        assert generate_dialogues.main(command(stub, *flags, "--budget", "400000")) == 0
+        assert prepare.main(command(stub, *flags, "--budget", "400000")) == 0
         assert set(stub.answered.values()) == {1}
         assert stub.answered.total() == ASKED
 
@@ -217,7 +228,7 @@ def test_the_budget_is_not_passed(
 def test_lost_attempts_count_as_paid_for(command: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--price_in", "1000000", "--price_out", "1000000", "--concurrency", "1", "--budget", "3000"]
     with Stub(["nonsense"] * 50) as stub:
-        assert generate_dialogues.main(command(stub, *flags)) == 0
+        assert prepare.main(command(stub, *flags)) == 0
         assert len(stub.asked) == 2  # each may have cost 1,300 or so
     assert "2 attempts lost" in capsys.readouterr().err
 
@@ -227,7 +238,7 @@ def test_lost_attempts_count_as_paid_for(command: Callable[..., list[str]], caps
 
 def fails(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     try:
-        status: object = generate_dialogues.main(argv)
+        status: object = prepare.main(argv)
     except SystemExit as e:
         status = e.code
     assert status == 2
@@ -261,12 +272,12 @@ def test_places_that_cannot_be(
 ) -> None:
     argv = command("http://127.0.0.1:9/v1")
     assert "cannot be reached" in fails(argv, capsys)
-    assert "cannot be written" in fails([argv[0], str(tmp_path / "no" / "out.jsonl"), *argv[2:]], capsys)
-    assert "directory" in fails([argv[0], str(tmp_path), *argv[2:]], capsys)
+    assert "cannot be written" in fails([*argv[:2], str(tmp_path / "no" / "out.jsonl"), *argv[3:]], capsys)
+    assert "directory" in fails([*argv[:2], str(tmp_path), *argv[3:]], capsys)
     (tmp_path / "mine.jsonl").write_text("precious")
-    assert "exists" in fails([argv[0], str(tmp_path / "mine.jsonl"), *argv[2:]], capsys)
+    assert "exists" in fails([*argv[:2], str(tmp_path / "mine.jsonl"), *argv[3:]], capsys)
     assert (tmp_path / "mine.jsonl").read_text() == "precious"
-    assert "nothing.db" in fails([str(tmp_path / "nothing.db"), *argv[1:]], capsys)
+    assert "nothing.db" in fails(["generate", str(tmp_path / "nothing.db"), *argv[2:]], capsys)
 
 
 def test_a_result_that_cannot_be_written_loses_no_reply(
@@ -281,16 +292,16 @@ def test_a_result_that_cannot_be_written_loses_no_reply(
     with Stub() as stub:
         with monkeypatch.context() as patch:
             patch.setattr("llama.files.os.replace", full)
-            assert generate_dialogues.main(command(stub)) == 2
+            assert prepare.main(command(stub)) == 2
         assert "disk is full" in capsys.readouterr().err
         assert not (tmp_path / "out.jsonl").exists()
-        assert generate_dialogues.main(command(stub)) == 0
+        assert prepare.main(command(stub)) == 0
         assert set(stub.answered.values()) == {1}
 
 
 def test_other_settings_are_not_mixed(command: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]) -> None:
     with Stub() as stub:
-        assert generate_dialogues.main(command(stub)) == 0
+        assert prepare.main(command(stub)) == 0
         capsys.readouterr()
         assert "temperature 0.9, not 0.1" in fails(command(stub, "--temperature", "0.1"), capsys)
 
@@ -304,10 +315,10 @@ def test_the_key_is_sent_and_stored_nowhere(
     monkeypatch.setenv("STUB_KEY", "sk-secret")
     with Stub(["500"]) as stub:
         stub.key = "sk-secret"
-        assert generate_dialogues.main(command(stub, "--key_env", "STUB_KEY")) == 0
+        assert prepare.main(command(stub, "--key_env", "STUB_KEY")) == 0
         monkeypatch.setenv("STUB_KEY", "sk-stale")
         argv = command(stub, "--key_env", "STUB_KEY", "--seed", "1")
-        assert generate_dialogues.main([argv[0], str(tmp_path / "b.jsonl"), *argv[2:]]) == 2
+        assert prepare.main([*argv[:2], str(tmp_path / "b.jsonl"), *argv[3:]]) == 2
     captured = capsys.readouterr()
     written = "".join(p.read_text() for p in tmp_path.iterdir())
     for secret in ("sk-secret", "sk-stale"):
@@ -317,7 +328,7 @@ def test_the_key_is_sent_and_stored_nowhere(
 def test_fields_of_the_request_can_be_added_and_left_out(command: Callable[..., list[str]]) -> None:
     with Stub() as stub:
         body = '{"top_p": 0.5, "max_tokens": null, "max_completion_tokens": 300, "seed": null}'
-        assert generate_dialogues.main(command(stub, "--body", body)) == 0
+        assert prepare.main(command(stub, "--body", body)) == 0
         assert stub.asked[0].keys() == {"model", "messages", "temperature", "top_p", "max_completion_tokens"}
 
 
@@ -325,7 +336,7 @@ def test_a_dry_run_asks_nothing_and_writes_nothing(
     command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with Stub() as stub:
-        assert generate_dialogues.main(command(stub, "--dry_run", "--price_in", "1", "--price_out", "2")) == 0
+        assert prepare.main(command(stub, "--dry_run", "--price_in", "1", "--price_out", "2")) == 0
         assert not stub.asked
     shown = capsys.readouterr().out
     assert shown.count("Facts:") == 6
@@ -342,6 +353,6 @@ def test_leaks_are_rejected_and_counted(
         return said + " Patient: Thank you." if "which tests" in prompt else said
 
     with Stub(say=say) as stub:
-        assert generate_dialogues.main(command(stub)) == 0
+        assert prepare.main(command(stub)) == 0
     assert "2  role leak" in capsys.readouterr().err
     assert "Thank you" not in (tmp_path / "out.jsonl").read_text()
