@@ -19,7 +19,9 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from report import RESULTS, write
@@ -34,7 +36,7 @@ from data.dialogue_filter import Refused, Seen, check_text
 from data.dialogue_prompts import requests
 from data.disease_sources import BUILT_IN, find_source, read_source
 from data.diseases import build, open_database
-from data.endpoint import Reply
+from data.endpoint import Endpoint
 from data.journal import Journal
 from data.spending import Tokens
 from tests.data.stub_endpoint import Stub
@@ -78,22 +80,24 @@ def seconds(line: list[str]) -> float:
 
 
 def overhead(database: Path, folder: Path, rows: int) -> dict[str, Any]:
-    """One request at a time, answered at once: ours and a bare client's, and the journal's part in it."""
+    """One request at a time, answered at once: a bare client's, ours, and the journal's line, in turn; medians."""
     asked = list(requests(open_database(database).diseases()[:rows], 0, 5))
-    with stub(0) as (url, _), httpx2.Client() as client:
-        began = time.perf_counter()
+    times: dict[str, list[float]] = {"bare_client_ms": [], "ours_ms": [], "journal_line_ms": []}
+    with stub(0) as (url, _), httpx2.Client() as client, Journal(folder / "alone.journal", {}) as journal:
+        ours = Endpoint(url)
         for request in asked:
-            client.post(f"{url}/chat/completions", json={"model": "stub", "messages": request.messages}).json()
-        bare = (time.perf_counter() - began) / len(asked)
-        line = command(database, folder / "one.jsonl", url, 1, "--rows", str(rows))
-        ours = (seconds(line) - seconds([*line, "--dry_run"])) / len(asked)
-    with Journal(folder / "alone.journal", {}) as journal:
-        began = time.perf_counter()
-        for request in asked:
-            journal.reply(request.key("stub", 0), Reply("word " * 100, "stop", None), Tokens(400, 100))
-        kept = (time.perf_counter() - began) / len(asked)
-    names = {"bare_client_ms": bare, "ours_ms": ours, "journal_line_ms": kept}
-    return {"requests": len(asked)} | {name: round(1000 * value, 2) for name, value in names.items()}
+            marks = [time.perf_counter()]
+            body = {"model": "stub", "messages": request.messages}
+            client.post(ours.url, json=body).json()
+            marks.append(time.perf_counter())
+            key, reply = request.key("stub", 0), ours.ask(body, lambda _: True)
+            marks.append(time.perf_counter())
+            journal.reply(key, reply, reply.used or Tokens())
+            marks.append(time.perf_counter())
+            for name, (begin, end) in zip(times, pairwise(marks), strict=True):
+                times[name].append(1000 * (end - begin))
+        ours.close()
+    return {"requests": len(asked)} | {name: round(median(each), 2) for name, each in times.items()}
 
 
 def side_by_side(database: Path, folder: Path, rows: int) -> dict[str, Any]:
