@@ -12,6 +12,7 @@ import pytest
 
 import convert_weights
 import generate
+from data import generate_dialogues, prepare
 from llama.arguments import parse
 from llama.config import PRESETS
 
@@ -19,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 SHELL = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.S)).replace("\\\n", " ")
 COMMANDS = [line.split("  #")[0].strip() for line in SHELL.splitlines() if line.strip()]
+REQUIREMENTS = (ROOT / "requirements.txt").read_text().splitlines()
 TARGETS = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)
 
 
@@ -27,6 +29,14 @@ def test_commands_parse(command: str) -> None:
     words = shlex.split(command)
     if words[0] == "make":
         assert words[1] in TARGETS
+        return
+    if words[:2] == ["pip", "install"]:
+        assert all(any(line.startswith(f"{name}==") for line in REQUIREMENTS) for name in words[2:])
+        return
+    if words[:3] == ["python", "-m", "data.prepare"]:
+        assert words[3] in prepare.COMMANDS
+        if words[3] == "generate":
+            generate_dialogues.parse(words[4:])
         return
     script = next(i for i, w in enumerate(words) if w.endswith(".py"))
     assert words[0] in ("python", "torchrun")
@@ -136,6 +146,20 @@ def test_what_saving_costs_is_measured() -> None:
     saving = json.loads((ROOT / "bench/results/saving_cpu.json").read_text())["results"]
     shares = [saving[f"train_saves_in_{where}"]["stall_percent"] for where in ("background", "foreground")]
     assert f"{shares[0]:.1f} % in the background, {shares[1]:.1f} % in the foreground" in README
+
+
+def test_what_generation_costs_is_measured() -> None:
+    r = json.loads((ROOT / "bench/results/generate_cpu.json").read_text())["results"]
+    many, killed, five_k = r["side_by_side"], r["killed"], r["chatdoctor5k"]
+    assert many["requests"] == killed["prompts"]
+    assert killed["same_file"]
+    took = f"{many['seconds']:.1f} s, {many['share_of_ideal']:.0%}".replace("%", " %")
+    assert (
+        f"{many['requests']:,} replies of {many['reply_seconds']} s, {many['concurrency']} at a time | {took}" in README
+    )
+    assert f"killed {killed['kills']} times" in README
+    near = five_k["dialogue"]
+    assert f"| {near['near_duplicates']} of {five_k['dialogues']:,}, in {near['seconds']:.1f} s |" in README
 
 
 def test_rows_of_the_table_name_their_own_bench_once() -> None:
