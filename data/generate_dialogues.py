@@ -237,7 +237,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name} is {value}; it must be at least {least}")
     for name in ("timeout", "temperature", "price_in", "price_out", "budget"):
         value = getattr(args, name)
-        if math.isnan(value) or value < 0 or (value == 0 and name in ("timeout", "budget")):
+        endless = value == math.inf and name != "budget"
+        if math.isnan(value) or endless or value < 0 or (value == 0 and name in ("timeout", "budget")):
             parser.error(f"--{name} is {value:g}; it must be a positive number")
     if not isinstance(args.body, dict) or args.body.keys() & {"model", "messages", "stream", "n"}:
         parser.error("--body is a JSON object such as '{\"top_p\": 0.9}', without model, messages, stream and n")
@@ -293,8 +294,9 @@ def _open_journal(out: Path, settings: dict[str, Any]) -> Journal:
     path = beside(out, "journal")
     if out.is_dir():
         raise ValueError(f"{out}: is a directory; name a file")
-    if out.exists() and not path.exists():
-        raise ValueError(f"{out}: exists, and no {path.name} says that it was made here; choose another OUT")
+    for file in (out, beside(out, "rejected")):
+        if file.exists() and not path.exists():
+            raise ValueError(f"{file}: exists, and no {path.name} says that it was made here; choose another OUT")
     return Journal(path, settings)
 
 

@@ -253,6 +253,7 @@ def fails(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--concurrency", "0"], "at least 1"),
         (["--timeout", "0"], "positive"),
         (["--temperature", "nan"], "positive"),
+        (["--timeout", "inf"], "positive"),
         (["--budget", "3"], "--price_in"),
         (["--budget", "3", "--price_in", "1", "--body", '{"max_tokens": null}'], "limit of the reply"),
         (["--body", "[]"], "JSON object"),
