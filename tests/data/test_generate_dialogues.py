@@ -86,8 +86,8 @@ def test_the_file_is_the_same_whatever_comes_first(command: Callable[..., list[s
     with Stub() as stub:
         assert prepare.main(command(stub, "--concurrency", "1")) == 0
         one = out.read_bytes()
-        (tmp_path / "out.jsonl.journal").unlink()
-        out.unlink()
+        for path in tmp_path.iterdir():
+            path.unlink()
         assert prepare.main(command(stub, "--concurrency", "8")) == 0
         assert out.read_bytes() == one
         asked = len(stub.asked)
@@ -174,7 +174,7 @@ def test_killed_and_started_again_nothing_that_was_kept_is_asked_twice(
         assert len(stub.asked) - asked == ASKED - len(kept)
         assert sum(stub.answered.values()) <= ASKED + 2 * 2  # those on their way when it was killed
     killed = out.read_bytes()
-    for path in (journal, out):
+    for path in tmp_path.iterdir():
         path.unlink()
     with Stub() as stub:
         assert prepare.main(command(stub)) == 0
@@ -277,7 +277,9 @@ def test_places_that_cannot_be(
     assert "directory" in fails([*argv[:2], str(tmp_path), *argv[3:]], capsys)
     (tmp_path / "mine.jsonl").write_text("precious")
     assert "exists" in fails([*argv[:2], str(tmp_path / "mine.jsonl"), *argv[3:]], capsys)
-    assert (tmp_path / "mine.jsonl").read_text() == "precious"
+    (tmp_path / "b.jsonl.rejected").write_text("precious")
+    assert "b.jsonl.rejected: exists" in fails([*argv[:2], str(tmp_path / "b.jsonl"), *argv[3:]], capsys)
+    assert (tmp_path / "mine.jsonl").read_text() == (tmp_path / "b.jsonl.rejected").read_text() == "precious"
     assert "nothing.db" in fails(["generate", str(tmp_path / "nothing.db"), *argv[2:]], capsys)
 
 
