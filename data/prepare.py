@@ -3,7 +3,8 @@
     python -m data.prepare diseases sample format_dataset.csv medquad.jsonl diseases.db
     python -m data.prepare generate diseases.db dialogues.jsonl --endpoint http://localhost:8000/v1 --model NAME
 
-One function a command, which imports what it needs when it is called. Exit code 2 and one line for anything wrong.
+A command is a pair of functions: its arguments, and what it does, which imports what it needs when it is called. Exit
+code 2 and one line for anything wrong.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def _run(argv: list[str]) -> int:
             print((__doc__ or "").strip())
             return 0
         raise ValueError(f"{argv[0] if argv else 'no command'}: give one of {', '.join(COMMANDS)}")
-    return COMMANDS[argv[0]](argv[1:]) or 0
+    arguments, run = COMMANDS[argv[0]]
+    return run(arguments(argv[1:])) or 0
 
 
 def _fail(message: str) -> int:
@@ -42,14 +44,11 @@ def _fail(message: str) -> int:
     return 2
 
 
-def diseases(argv: list[str]) -> None:
-    """Tables and passages -> a disease database."""
-    from data import disease_report
-
-    disease_report.prepare(_diseases_arguments(argv))
+# --- diseases -------------------------------------------------------------------------------------
 
 
-def _diseases_arguments(argv: list[str]) -> argparse.Namespace:
+def diseases_arguments(argv: list[str]) -> argparse.Namespace:
+    """The command line after `diseases`."""
     p = Parser("python -m data.prepare diseases", "Build the disease database.")
     about = "'sample' (the built-in table), a folder like it, ChatDoctor's .csv table, MedQuAD's .jsonl passages"
     p.add_argument("sources", nargs="+", metavar="SRC", help=about)
@@ -58,14 +57,31 @@ def _diseases_arguments(argv: list[str]) -> argparse.Namespace:
     return p.parse_args(argv)
 
 
-def generate(argv: list[str]) -> int:
+def diseases(args: argparse.Namespace) -> None:
+    """Tables and passages -> a disease database."""
+    from data import disease_report
+
+    disease_report.prepare(args)
+
+
+def generate_arguments(argv: list[str]) -> argparse.Namespace:
+    from data import generate_dialogues
+
+    return generate_dialogues.parse(argv)
+
+
+def generate(args: argparse.Namespace) -> int:
     """A disease database -> dialogues, through an endpoint; 130 when it was stopped before the end."""
     from data import generate_dialogues
 
-    return generate_dialogues.generate(generate_dialogues.parse(argv))
+    return generate_dialogues.generate(args)
 
 
-COMMANDS: dict[str, Callable[[list[str]], int | None]] = {"diseases": diseases, "generate": generate}
+Command = tuple[Callable[[list[str]], argparse.Namespace], Callable[[argparse.Namespace], int | None]]
+COMMANDS: dict[str, Command] = {
+    "diseases": (diseases_arguments, diseases),
+    "generate": (generate_arguments, generate),
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -12,7 +12,7 @@ import pytest
 
 import convert_weights
 import generate
-from data import generate_dialogues, prepare
+from data import prepare
 from llama.arguments import parse
 from llama.config import PRESETS
 
@@ -34,9 +34,8 @@ def test_commands_parse(command: str) -> None:
         assert all(any(line.startswith(f"{name}==") for line in REQUIREMENTS) for name in words[2:])
         return
     if words[:3] == ["python", "-m", "data.prepare"]:
-        assert words[3] in prepare.COMMANDS
-        if words[3] == "generate":
-            generate_dialogues.parse(words[4:])
+        arguments, _ = prepare.COMMANDS[words[3]]
+        arguments(words[4:])
         return
     script = next(i for i, w in enumerate(words) if w.endswith(".py"))
     assert words[0] in ("python", "torchrun")
