@@ -247,6 +247,10 @@ class Database:
             raise ValueError(f"{self.path}: has no entry {id_}")
         return self._entry(rows[0])
 
+    def diseases(self) -> list[Entry]:
+        """The diseases that are not quarantined, in the order of their ids."""
+        return [e for e in self._diseases.values() if e.id not in self._quarantined]
+
     def names(self, kind: str) -> tuple[str, ...]:
         """All names of a kind (diseases with synonyms, symptoms, tests, medications) in entries not quarantined."""
         if kind not in KINDS:

@@ -1,6 +1,7 @@
 """`python -m data.prepare COMMAND ...`: makes what the other programs read out of files from elsewhere.
 
     python -m data.prepare diseases sample format_dataset.csv medquad.jsonl diseases.db
+    python -m data.prepare generate diseases.db dialogues.jsonl --endpoint http://localhost:8000/v1 --model NAME
 
 A command is a pair of functions: its arguments, and what it does, which imports what it needs when it is called. Exit
 code 2 and one line for anything wrong.
@@ -35,8 +36,7 @@ def _run(argv: list[str]) -> int:
             return 0
         raise ValueError(f"{argv[0] if argv else 'no command'}: give one of {', '.join(COMMANDS)}")
     arguments, run = COMMANDS[argv[0]]
-    run(arguments(argv[1:]))
-    return 0
+    return run(arguments(argv[1:])) or 0
 
 
 def _fail(message: str) -> int:
@@ -64,8 +64,24 @@ def diseases(args: argparse.Namespace) -> None:
     disease_report.prepare(args)
 
 
-Command = tuple[Callable[[list[str]], argparse.Namespace], Callable[[argparse.Namespace], None]]
-COMMANDS: dict[str, Command] = {"diseases": (diseases_arguments, diseases)}
+def generate_arguments(argv: list[str]) -> argparse.Namespace:
+    from data import generate_dialogues
+
+    return generate_dialogues.parse(argv)
+
+
+def generate(args: argparse.Namespace) -> int:
+    """A disease database -> dialogues, through an endpoint; 130 when it was stopped before the end."""
+    from data import generate_dialogues
+
+    return generate_dialogues.generate(args)
+
+
+Command = tuple[Callable[[list[str]], argparse.Namespace], Callable[[argparse.Namespace], int | None]]
+COMMANDS: dict[str, Command] = {
+    "diseases": (diseases_arguments, diseases),
+    "generate": (generate_arguments, generate),
+}
 
 if __name__ == "__main__":
     sys.exit(main())

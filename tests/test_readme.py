@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 SHELL = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.S)).replace("\\\n", " ")
 COMMANDS = [line.split("  #")[0].strip() for line in SHELL.splitlines() if line.strip()]
+REQUIREMENTS = (ROOT / "requirements.txt").read_text().splitlines()
 TARGETS = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)
 
 
@@ -29,6 +30,9 @@ def test_commands_parse(command: str) -> None:
     words = shlex.split(command)
     if words[0] == "make":
         assert words[1] in TARGETS
+        return
+    if words[:2] == ["pip", "install"]:
+        assert all(any(line.startswith(f"{name}==") for line in REQUIREMENTS) for name in words[2:])
         return
     if words[:3] == ["python", "-m", "data.prepare"]:
         arguments, _ = prepare.COMMANDS[words[3]]
@@ -191,6 +195,20 @@ def test_what_the_database_finds_is_measured() -> None:
     times = (measured["latency_ms"][kind] for kind in ("disease", "passage"))
     p99 = list(zip(*((t["processor_p99"], t["clock_p99"]) for t in times), strict=True))
     assert "{:.1f} / {:.1f} ms of a core, {:.1f} / {:.1f} ms by the clock".format(*p99[0], *p99[1]) in README
+
+
+def test_what_generation_costs_is_measured() -> None:
+    r = json.loads((ROOT / "bench/results/generate_cpu.json").read_text())["results"]
+    many, killed, five_k = r["side_by_side"], r["killed"], r["chatdoctor5k"]
+    assert many["requests"] == killed["prompts"]
+    assert killed["same_file"]
+    took = f"{many['seconds']:.1f} s, {many['share_of_ideal']:.0%}".replace("%", " %")
+    assert (
+        f"{many['requests']:,} replies of {many['reply_seconds']} s, {many['concurrency']} at a time | {took}" in README
+    )
+    assert f"killed {killed['kills']} times" in README
+    near = five_k["dialogue"]
+    assert f"| {near['near_duplicates']} of {five_k['dialogues']:,}, in {near['seconds']:.1f} s |" in README
 
 
 def test_rows_of_the_table_name_their_own_bench_once() -> None:
