@@ -12,7 +12,7 @@ from typing import Any
 
 from data import loader, synthesize
 from data.cache import content_hash
-from data.diseases import SAMPLE
+from data.conditions import SAMPLE
 from data.records import RejectedFile, read_records
 from llama import provenance
 from llama.arguments import TrainArguments
