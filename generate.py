@@ -94,6 +94,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="age, sex, pregnancy, allergies, conditions, medications of who asks; /patient edits it in the chat",
     )
     add(
+        "--feedback",
+        metavar="FILE.db",
+        help="in the chat, /good, /bad and /correct rate an answer and keep it here, once you have agreed",
+    )
+    add(
         "--kv_cache",
         choices=["full", "int8"],
         default="full",
@@ -115,6 +120,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         p.error("--input and --output need each other")
     if args.prompt is None and args.input is None and (args.raw or args.json):
         p.error(f"{'--raw' if args.raw else '--json'} needs --prompt or --input")
+    if args.feedback is not None and (args.raw or args.prompt is not None or args.input is not None):
+        p.error("--feedback rates the answers of a chat: leave out --raw, --prompt and --input")
     if args.raw and args.patient is not None:
         p.error("--raw passes the text as it is: --patient has no place in it")
     if args.speculate and args.draft is not None:
@@ -219,6 +226,10 @@ def _attendants(doctor: Doctor, args: argparse.Namespace) -> tuple[Attendant, ..
         if args.patient is not None:
             patient = Patient(Path(args.patient).expanduser(), begin=args.prompt is None and args.input is None)
             found.append(patient)
+        if args.feedback is not None:
+            from data.feedback import Feedback, Rater
+
+            found.append(Rater(Feedback(Path(args.feedback).expanduser()), doctor.name))
         if args.triage == "on":
             found.insert(0, Triage(patient.person if patient else Person))
 

@@ -2,6 +2,8 @@
 
     python -m data.prepare diseases sample format_dataset.csv medquad.jsonl diseases.db
     python -m data.prepare generate diseases.db dialogues.jsonl --endpoint http://localhost:8000/v1 --model NAME
+    python -m data.prepare review feedback.db
+    python -m data.prepare feedback feedback.db learn.jsonl
 
 A command is a pair of functions: its arguments, and what it does, which imports what it needs when it is called. Exit
 code 2 and one line for anything wrong.
@@ -77,10 +79,45 @@ def generate(args: argparse.Namespace) -> int:
     return generate_dialogues.generate(args)
 
 
+# --- feedback -------------------------------------------------------------------------------------
+
+
+def review_arguments(argv: list[str]) -> argparse.Namespace:
+    """The command line after `review`."""
+    p = Parser("python -m data.prepare review", "Decide which rated answers a model may learn from.")
+    p.add_argument("source", metavar="FILE.db", help="ratings, as `generate.py --feedback FILE.db` keeps them")
+    p.add_argument("--reviewer", default="", metavar="NAME", help="who decides, kept with every decision")
+    return p.parse_args(argv)
+
+
+def review(args: argparse.Namespace) -> None:
+    """New ratings -> approved or rejected ones, by somebody at the terminal."""
+    from data import review
+
+    review.at_terminal(args.source, args.reviewer)
+
+
+def feedback_arguments(argv: list[str]) -> argparse.Namespace:
+    """The command line after `feedback`."""
+    p = Parser("python -m data.prepare feedback", "Write what a reviewer approved, without what identifies a person.")
+    p.add_argument("source", metavar="FILE.db", help="reviewed ratings")
+    p.add_argument("out", metavar="OUT.jsonl", help="records to train on; OUT.pairs.jsonl gets pairs for DPO")
+    return p.parse_args(argv)
+
+
+def feedback(args: argparse.Namespace) -> None:
+    """Approved ratings -> training records."""
+    from data import review
+
+    review.write_export(args.source, args.out)
+
+
 Command = tuple[Callable[[list[str]], argparse.Namespace], Callable[[argparse.Namespace], int | None]]
 COMMANDS: dict[str, Command] = {
     "diseases": (diseases_arguments, diseases),
     "generate": (generate_arguments, generate),
+    "review": (review_arguments, review),
+    "feedback": (feedback_arguments, feedback),
 }
 
 if __name__ == "__main__":

@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.clean import clean
 from data.feedback import Feedback, Rated
 from llama.chat import Message
+from llama.files import atomic_file
 
 Scrub = Callable[[str], str]  # a text without what identifies a person
 CHOICES = "a approve, e edit the answer, r reject, d delete, s skip, q quit"
@@ -88,6 +90,18 @@ def _decide(
     return True
 
 
+def at_terminal(source: str, reviewer: str) -> None:
+    """review(), asking whoever sits at stdin."""
+    feedback = Feedback(source, create=False)
+    try:
+        decided = review(feedback, reviewer, input, print)
+    except KeyboardInterrupt:  # every decision is stored already
+        decided = None
+    left = len(feedback.ratings("new"))
+    done = "stopped" if decided is None else f"{decided} decided"
+    print(f"\n{done}, {left} left; export with: python -m data.prepare feedback {source} learn.jsonl")
+
+
 # --- exporting ------------------------------------------------------------------------------------
 
 
@@ -136,6 +150,26 @@ def _answer(text: str) -> dict[str, str]:
 
 def _line(value: object) -> str:
     return json.dumps(value, ensure_ascii=False) + "\n"
+
+
+def write_export(source: str, target: str) -> None:
+    """export() of a file of ratings into `target` and the pairs beside it; says how many. ValueError if there is none.
+
+    Names, addresses and the like become placeholders, as `python -m data.prepare clean` makes them.
+    """
+    out = Path(target)
+    if out.resolve() == Path(source).resolve():
+        raise ValueError(f"{target}: is the file of ratings itself; choose another name")
+    found = export(Feedback(source, create=False).ratings(), clean)
+    counts = ", ".join(f"{n} {reason}" for reason, n in found.left_out.items() if n) or "none"
+    if not found.records:
+        raise ValueError(
+            f"{source}: nothing is approved (left out: {counts}); `python -m data.prepare review {source}`"
+        )
+    for file, lines in ((out, found.records), (pairs_file(out), found.pairs)):
+        with atomic_file(file, sum(map(len, lines)) * 4) as staged:
+            staged.write_text("".join(lines), encoding="utf-8")
+    print(f"{len(found.records)} records in {out}, {len(found.pairs)} pairs in {pairs_file(out)}; left out: {counts}")
 
 
 def pairs_file(out: Path) -> Path:
