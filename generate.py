@@ -324,8 +324,9 @@ def answer_one(doctor: Doctor, args: argparse.Namespace) -> None:
         for piece in answer.stream(doctor.model, doctor.context(), drafter=doctor.drafter):
             if not args.json:
                 screen.write(piece)
-    finally:  # also after Ctrl-C, which under torchrun is a SystemExit
-        after = doctor.after(dialogue, answer.text) if dialogue else []
+    finally:  # also after Ctrl-C, which under torchrun ends the ranks where they stand: none asks the others then
+        asked = dialogue if answer.finish_reason or doctor.ranks == 1 else None
+        after = doctor.after(asked, answer.text) if asked else []
         if args.json:
             print(_line({**_notices(doctor, before, after), **answer.to_json()}), flush=True)
         else:

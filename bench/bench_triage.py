@@ -56,8 +56,8 @@ def interval(hits: int, n: int) -> dict[str, Any]:
     """A share with Wilson's 95 % interval."""
     z, p = 1.96, hits / n
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    low, high = (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
-    return {"share": round(p, 4), "hits": hits, "n": n, "interval": [round(low, 3), round(high, 3)]}
+    low, high = ((middle + sign * half) / (1 + z * z / n) for sign in (-1, 1))
+    return {"share": round(p, 4), "hits": hits, "n": n, "interval": [round(max(0.0, low), 3), round(high, 3)]}
 
 
 def level(triage: Triage, text: str) -> str:

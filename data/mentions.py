@@ -31,7 +31,7 @@ _DENY = _words(
 # Not denials, though they hold a word of denial: "no relief", "not only", "has not gone away".
 _NO_DENIAL = _words(
     "relief better improvement improving improve sure only just doubt idea change changed helping help helped matter "
-    "certain know think stop stopping stopped going gone go able responding settle settling working longer"
+    "certain know think stop stopping stopped going gone go able responding settle settling working"
 )
 # "not" and its kin deny a whole list only with these ("do not have fever, cough or pain"), else the next words.
 _HAVE = _words(
@@ -124,7 +124,7 @@ class _Sentence:
 def plain(text: str) -> str:
     """Lower case, no apostrophes, hyphens and slashes as spaces, "could not" as "cannot", measurements in words."""
     text = text.lower().replace("\u2019", "'").replace("'", "").replace("\u2013", "-")
-    text = re.sub(r"\b(?:can not|could not|couldnt)\b", "cannot", text)
+    text = re.sub(r"\b(?:can not|could not|couldnt|can no longer)\b", "cannot", text)
     return measured(re.sub(r"(?<=[a-z\d])[-/](?=[a-z])|(?<=[a-z])[-/](?=\d)|[_*\"()\[\]]", " ", text))
 
 

@@ -163,9 +163,7 @@ def write_export(source: str, target: str) -> None:
     found = export(Feedback(source, create=False).ratings(), clean)
     counts = ", ".join(f"{n} {reason}" for reason, n in found.left_out.items() if n) or "none"
     if not found.records:
-        raise ValueError(
-            f"{source}: nothing is approved (left out: {counts}); `python -m data.prepare review {source}`"
-        )
+        raise ValueError(f"{source}: nothing is approved ({counts}); `python -m data.prepare review {source}`")
     for file, lines in ((out, found.records), (pairs_file(out), found.pairs)):
         with atomic_file(file, sum(map(len, lines)) * 4) as staged:
             staged.write_text("".join(lines), encoding="utf-8")

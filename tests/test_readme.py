@@ -166,19 +166,22 @@ def test_what_saving_costs_is_measured() -> None:
 
 def test_what_triage_finds_is_measured() -> None:
     r = json.loads((ROOT / "bench/results/triage_cpu.json").read_text())["results"]
-    seen, words = r["vignettes"], r["vignettes"]["keywords"]
-    figures = [
-        f"{x['emergency_recall']['hits']} of 15 emergencies, {x['false_alarms']['hits']} of 30 false alarms"
-        for x in (seen, words)
-    ]
-    assert f"| {figures[0]}; plain keywords {figures[1]} |" in README
-    assert (
-        f"{r['chatdoctor5k_flagged']['all']['share']:.1%}".replace("%", " %") + " of ChatDoctor's 5k questions"
-        in README
-    )
-    low, high = seen["emergency_recall"]["interval"]
-    assert f"95 % interval of the recall {low:.2f} to {high:.2f}".replace("0.", ".") in README
-    assert f"{r['speed']['median_ms']:.1f} ms a question" in README
+    vignettes, everyday = r["vignettes"], r["everyday_language"]
+    for rows in (
+        (vignettes, vignettes["keywords"]),
+        (everyday, {name: figures["keywords"] for name, figures in everyday.items()}),
+    ):
+        ours, words = (
+            f"{x['emergency_recall']['hits']} of {x['emergency_recall']['n']} emergencies, "
+            f"{x['false_alarms']['hits']} of {x['false_alarms']['n']} false alarms"
+            for x in rows
+        )
+        assert f"| {ours}; plain keywords {words} |" in README
+    low, high = vignettes["emergency_recall"]["interval"]
+    assert f"95 % interval of the recall {low:.2f} to {high:.2f}".replace(" 0.", " .") in README
+    assert f"flags {r['chatdoctor5k_flagged']['all']['share'] * 100:.1f} % of ChatDoctor's 5k questions" in README
+    assert f"takes {r['speed']['median_ms']:.1f} ms a question" in README
+    assert f"{sum(r['rules'].values())} rules in plain words" in README
 
 
 def test_what_the_database_finds_is_measured() -> None:

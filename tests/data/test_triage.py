@@ -42,6 +42,7 @@ def test_denied_as_a_whole_an_emergency_is_none(rule: Rule) -> None:
         "I have no chest pain, no sweating and no shortness of breath.",
         "She denies chest pain, sweating, or shortness of breath.",
         "I don't have chest pain any more.",
+        "I no longer have chest pain.",
         "The chest pain has gone away and I can breathe.",
         "No fever but a cough. My neck is not stiff.",
         "When I was a child I had meningitis with a fever and a stiff neck.",
