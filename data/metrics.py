@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-from data.diseases import Table, rank_by_symptoms, rank_by_text
+from data.conditions import Table, rank_by_symptoms, rank_by_text
 from data.synthesize import Example
 
 

@@ -19,7 +19,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
-from data.diseases import Condition, Table, load_table
+from data.conditions import Condition, Table, load_table
 from llama.chat import DOCTOR_INSTRUCTION, Dialogue, Message
 
 Split = Literal["train", "held_out", "unseen_wordings"]

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from data.diseases import Table, load_table
+from data.conditions import Table, load_table
 from data.metrics import naming, retrieval_ceiling, share_named_right
 from data.synthesize import answer, examples
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data.diseases import Table, load_table
+from data.conditions import Table, load_table
 from data.records import read_records
 from data.synthesize import (
     DISCLAIMER,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data.diseases import MIN_SYMPTOMS, Table, load_table, rank_by_symptoms, rank_by_text, read_symptoms
+from data.conditions import MIN_SYMPTOMS, Table, load_table, rank_by_symptoms, rank_by_text, read_symptoms
 
 SYMPTOMS = "\n".join(f"s{i}: I have sign {i}; sign number {i} | I noticed sign {i}" for i in range(8)) + "\n"
 BLOCK = """condition: a test fever
