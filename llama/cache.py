@@ -85,6 +85,17 @@ class KVCache:
         other._kv[:, :, :, : self.length] = self._kv[:, :, :, : self.length]
         return other
 
+    def repeated(self, rows: Tensor, max_len: int) -> KVCache:
+        """A cache of max_len positions whose rows are those of this one with these numbers, int64 (their number,)."""
+        L, _, heads, _, K = self._kv.shape
+        other = object.__new__(KVCache)
+        other.batch, other.max_len, other.length = len(rows), max_len, self.length
+        other.first = None if self.first is None else self.first[rows]
+        other.place = None
+        other._kv = self._kv.new_zeros(L, len(rows), heads, max_len, K)
+        other._kv[:, :, :, : self.length] = self._kv[:, rows, :, : self.length]
+        return other
+
     def keep(self, at: int, n: int) -> None:
         """Forget all but the n positions from `at` on, which become the first."""
         self._kv[:, :, :, :n] = self._kv[:, :, :, at : at + n].clone()

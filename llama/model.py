@@ -146,6 +146,7 @@ class Llama(nn.Module):
         documents: kernels.Documents | None = None,
         cache: KVCache | None = None,
         last_only: bool = False,
+        only: Tensor | None = None,
         weigh: Weigh | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits (B, T, V) of tokens (B, T); with targets (B, T), the summed loss (fp32) and its token count (int64).
@@ -153,7 +154,8 @@ class Llama(nn.Module):
         Targets of IGNORE carry no loss. documents: (start, end) int32 (B, T) of a packed batch: a token sees its own
         document, and positions restart in each. cache: the tokens follow what it holds, and it grows by them; with
         documents as well, these are (B, S), of what it holds and of the tokens.
-        last_only: logits (B, 1, V) of the last token only, all that decoding needs of a prompt. weigh(x (N, D), head
+        last_only: logits (B, 1, V) of the last token only, all that decoding needs of a prompt. only: logits (n, V) of
+        the tokens with these numbers (n,) among all B * T, all that scoring an answer needs. weigh(x (N, D), head
         (V, D), targets (N,)): with targets, gives how much each token's loss counts, fp32 (N,), without gradient.
         """
         B, T = tokens.shape
@@ -170,6 +172,8 @@ class Llama(nn.Module):
             x = layer(x, rotation, documents, memory)
         if cache is not None:
             cache.advance(T)
+        if only is not None:
+            x = x.flatten(0, 1)[only]
         x = self.norm(x[:, -1:] if last_only else x)
         if targets is None:
             # A tied model has a head only where one was given to it to decode faster.
@@ -203,7 +207,7 @@ def _memory_of(cache: KVCache, layer: int) -> Memory:
     return lambda k, v: cache.append(layer, k, v)
 
 
-def rotation_table(c: LlamaConfig, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def rotation_table(c: LlamaConfig, length: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """cos and sin of every position below length, fp32 (length, K/2)."""
     angles = torch.outer(torch.arange(length, device="cpu").float(), rotation_frequencies(c))
     return angles.cos().to(device), angles.sin().to(device)
