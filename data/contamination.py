@@ -22,15 +22,19 @@ _BASE = np.uint64(0x9E3779B97F4A7C15)
 _BATCH = 1 << 20  # words of training text that are looked at together
 
 
-def contaminated(items: Sequence[Iterable[str]], texts: Iterable[str]) -> list[bool]:
-    """For each item, which is one or more texts, whether a run of its words occurs in one of `texts`."""
+def contaminated(items: Sequence[Iterable[str]], texts: Iterable[str], shortest: int | Sequence[int] = SHORTEST) -> list[bool]:
+    """For each item, which is one or more texts, whether a run of its words occurs in one of `texts`.
+
+    shortest: of how few words a text may be (a number for each item) to be looked for as a whole; 1 finds names.
+    """
+    least = [shortest] * len(items) if isinstance(shortest, int) else shortest
     hashes: dict[int, list[np.ndarray]] = {}  # of all runs of words, by their length
     owners: dict[int, list[np.ndarray]] = {}  # the item that each belongs to
     for i, parts in enumerate(items):
         for part in parts:
             codes = _codes(part)
             length = min(WORDS, len(codes))
-            if length >= SHORTEST:
+            if length >= least[i]:
                 mine = _hashes(codes, length)
                 hashes.setdefault(length, []).append(mine)
                 owners.setdefault(length, []).append(np.full(len(mine), i))

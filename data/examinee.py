@@ -6,7 +6,7 @@ llama/examinee.py is one over a real model; tests have ones that know what they 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -16,12 +16,15 @@ from llama.tokenizer import Tokenizer
 Ids = Sequence[int]
 
 
-class Reply(NamedTuple):
+class Reply(Protocol):
     """A free answer: its text, whether the model ended it itself, and its length in tokens."""
 
-    text: str
-    stopped: bool
-    tokens: int
+    @property
+    def text(self) -> str: ...
+    @property
+    def stopped(self) -> bool: ...
+    @property
+    def tokens(self) -> int: ...
 
 
 class Examinee(Protocol):
@@ -39,7 +42,7 @@ class Examinee(Protocol):
         """For each question (prefix, continuations) the log-probability of each token of each continuation."""
         ...
 
-    def replies(self, prompts: Sequence[Ids], max_new_tokens: int) -> list[Reply]:
+    def replies(self, prompts: Sequence[Ids], max_new_tokens: int) -> Sequence[Reply]:
         """Greedy answers."""
         ...
 
@@ -52,12 +55,12 @@ def chat_prompt(examinee: Examinee, question: str, room: int) -> list[int]:
     """Ids of a question in the model's own prompt format, cut from the left to leave `room` tokens."""
     dialogue = Dialogue((*examinee.chat_format.opening(), Message("user", question)))
     ids = render(dialogue, examinee.chat_format, examinee.tokenizer)[0]
-    return cut(ids, examinee.max_len - room)[0]
+    return cut(ids, max(2, examinee.max_len - room))[0]
 
 
 def text_prompt(examinee: Examinee, text: str, room: int) -> tuple[list[int], bool]:
     """Ids of BOS and a text as it is, and whether it had to be cut for `room` tokens to follow."""
-    return cut([examinee.tokenizer.bos_id, *examinee.tokenizer.encode(text)], examinee.max_len - room)
+    return cut([examinee.tokenizer.bos_id, *examinee.tokenizer.encode(text)], max(2, examinee.max_len - room))
 
 
 def cut(ids: list[int], limit: int) -> tuple[list[int], bool]:
@@ -67,5 +70,5 @@ def cut(ids: list[int], limit: int) -> tuple[list[int], bool]:
 
 
 def continued(examinee: Examinee, text: str) -> list[int]:
-    """Ids of a text that goes on from a prompt. Its leading space is part of it."""
-    return examinee.tokenizer.encode(text, continued=True)
+    """Ids of a text that goes on from a prompt, leading space and all; of half the model's context at most."""
+    return examinee.tokenizer.encode(text, continued=True)[: examinee.max_len // 2]

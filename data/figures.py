@@ -8,14 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from data.intervals import Interval, bootstrap, bootstrap_difference, mcnemar, wilson
 
 SIGNIFICANT = 0.05
-Standing = Literal["above floor", "indistinguishable from floor", "below floor", "no floor"]
+Standing = Literal["better than floor", "indistinguishable from floor", "worse than floor", "not compared"]
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def figure(
     assert len(scores.sums) > 0, name
     floors = floors or {}
     values = {k: f.value if isinstance(f, Scores) else float(f) for k, f in floors.items()}
-    best, standing = "", "no floor"
+    best, standing = "", "not compared"
     if values and better != "neither":
         best = (max if better == "higher" else min)(values, key=lambda k: values[k])
         standing = against(scores, floors[best], better)
@@ -132,6 +132,22 @@ def figure(
     )
 
 
+def transformed(f: Figure, name: str, change: Callable[[float], float], unit: str, note: str) -> Figure:
+    """The same figure through an increasing function: a perplexity of a loss."""
+    return replace(
+        f,
+        name=name,
+        unit=unit,
+        note=note,
+        value=change(f.value),
+        interval=(change(f.interval[0]), change(f.interval[1])),
+        floors={k: change(v) for k, v in f.floors.items()},
+        floor=None if f.floor is None else change(f.floor),
+        clean_value=None if f.clean_value is None else change(f.clean_value),
+        groups={k: (change(v), n) for k, (v, n) in f.groups.items()},
+    )
+
+
 def against(scores: Scores, floor: Floor, better: Literal["higher", "lower"]) -> Standing:
     """Where scores stand to a floor at 95 %: McNemar's test for right and wrong, else a bootstrap of the difference.
 
@@ -148,7 +164,7 @@ def against(scores: Scores, floor: Floor, better: Literal["higher", "lower"]) ->
         apart, difference = not low <= floor <= high, scores.value - floor
     if not apart:
         return "indistinguishable from floor"
-    return "above floor" if (difference > 0) == (better == "higher") else "below floor"
+    return "better than floor" if (difference > 0) == (better == "higher") else "worse than floor"
 
 
 def _grouped(scores: Scores, groups: Sequence[str]) -> dict[str, tuple[float, int]]:

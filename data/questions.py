@@ -10,7 +10,7 @@ import csv
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class QuestionSet:
     """An examination: its questions, what comes before them, and what is put behind the prompt (the labels).
 
     lettered: the labels are letters that stand before the options, so that options can be rotated and texts scored.
+    by_subject: each subject is an examination of its own, with a constant answer of its own.
     """
 
     name: str
@@ -60,6 +61,7 @@ class QuestionSet:
     labels: tuple[str, ...]
     prompt: Callable[[Question], str]
     files: Mapping[str, str]  # name -> sha256
+    by_subject: bool = False
 
     @property
     def lettered(self) -> bool:
@@ -70,7 +72,13 @@ class QuestionSet:
         if limit is None or limit >= len(self.questions):
             return self
         picked = [self.questions[i * len(self.questions) // limit] for i in range(limit)]
-        return QuestionSet(self.name, self.title, picked, self.labels, self.prompt, self.files)
+        return replace(self, questions=picked)
+
+    @property
+    def template(self) -> str:
+        """The prompt with names in braces in place of a question."""
+        options = tuple(f"{{{letter}}}" for letter in LETTERS) if self.lettered else self.labels
+        return self.prompt(Question("", "{question}", options, 0, "{subject}", "{context}"))
 
 
 # --- prompts --------------------------------------------------------------------------------------
@@ -162,7 +170,7 @@ def read_mmlu(folder: Path) -> QuestionSet:
             if len(row) != 6 or row[5] not in LETTERS:
                 raise ValueError(f"{path} row {n}: wanted question, four options and a letter A to D")
             questions.append(Question(f"{subject} {n}", row[0], tuple(row[1:5]), LETTERS.index(row[5]), subject))
-    return QuestionSet("mmlu", "MMLU, six medical subjects", questions, LETTERS, mmlu_prompt, _hashes(*paths))
+    return QuestionSet("mmlu", "MMLU, six medical subjects", questions, LETTERS, mmlu_prompt, _hashes(*paths), True)
 
 
 READERS: dict[str, Callable[[Path], QuestionSet]] = {
