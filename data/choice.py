@@ -98,7 +98,7 @@ class _Sitting:
         return _likeliest(found, [[1] * ORDERS] * len(found)), _likeliest(found, sizes)
 
     def _in_all_orders(self, letters: Sequence[int]) -> list[Figure]:
-        """Every question with its options moved on by 0 to 3 places: a letter that is liked for itself gains nothing."""
+        """With the options moved on by 0 to 3 places, where a letter that is liked for itself gains nothing."""
         options = [list(letters)]  # chosen options, as places in the file's order
         for by in range(1, ORDERS):
             chosen, _ = self._chosen([q.rotated(by) for q in self.questions])
@@ -107,11 +107,19 @@ class _Sitting:
         accuracy = [sum(o == right for o in some) / ORDERS for some, right in zip(per_item, self.right, strict=True)]
         same = [len(set(some)) == 1 for some in per_item]
         return [
-            self._figure("orders.acc", Scores.of(accuracy), {"any constant letter": 1 / ORDERS}, "mean of four orders of the options"),
             self._figure(
-                "orders.consistent", Scores.of(same), {"chance": ORDERS ** (1 - ORDERS)}, "same option chosen in all four orders"
+                "orders.acc",
+                Scores.of(accuracy),
+                {"any constant letter": 1 / ORDERS},
+                "mean of four orders of the options",
             ),
-        ]  # fmt: skip
+            self._figure(
+                "orders.consistent",
+                Scores.of(same),
+                {"chance": ORDERS ** (1 - ORDERS)},
+                "same option chosen in all four orders",
+            ),
+        ]
 
     def _by_asking(self, items: list[dict[str, Any]]) -> list[Figure]:
         prompts = [
@@ -126,10 +134,15 @@ class _Sitting:
         figures = [self._accuracy("asked.acc", chosen, "of the label in a generated answer; none counts as wrong")]
         figures.append(
             figure(
-                f"{self.set.name}.asked.unparseable", lost, protocol=self.protocol, better="neither",
-                contaminated=self.contaminated, note="generated answers that name no label or several",
+                f"{self.set.name}.asked.unparseable",
+                lost,
+                protocol=self.protocol,
+                better="neither",
+                floors={"constant answer": 0.0},
+                contaminated=self.contaminated,
+                note="generated answers that name no label or several",
             )
-        )  # fmt: skip
+        )
         return figures
 
     # --- figures ---
@@ -207,7 +220,9 @@ def _most_shared(q: Question, text: str, near: Neighbours, otherwise: int) -> in
 
 def _asked(prompt: str, labels: Sequence[str]) -> str:
     """The prompt as a question to a chat model."""
-    wanted = "the letter of the right option" if tuple(labels) == LETTERS else f"{', '.join(labels[:-1])} or {labels[-1]}"
+    wanted = (
+        "the letter of the right option" if tuple(labels) == LETTERS else f"{', '.join(labels[:-1])} or {labels[-1]}"
+    )
     return f"{prompt.removesuffix('Answer:')}Answer with {wanted}."
 
 

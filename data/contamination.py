@@ -22,7 +22,9 @@ _BASE = np.uint64(0x9E3779B97F4A7C15)
 _BATCH = 1 << 20  # words of training text that are looked at together
 
 
-def contaminated(items: Sequence[Iterable[str]], texts: Iterable[str], shortest: int | Sequence[int] = SHORTEST) -> list[bool]:
+def contaminated(
+    items: Sequence[Iterable[str]], texts: Iterable[str], shortest: int | Sequence[int] = SHORTEST
+) -> list[bool]:
     """For each item, which is one or more texts, whether a run of its words occurs in one of `texts`.
 
     shortest: of how few words a text may be (a number for each item) to be looked for as a whole; 1 finds names.

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from data.examinee import Examinee
-from data.figures import Floor, Scores, figure, transformed
+from data.figures import Figure, Scores, figure, transformed
 from data.held_out import HeldOut, Item
 from data.parts import Exposure, Outcome, Part
 from llama.chat import Dialogue, render
@@ -29,7 +29,9 @@ def part(held_out: HeldOut) -> Part:
         return _fit(examinee, held_out.items, exposure, protocol)
 
     texts = [(i.question, i.answer) for i in held_out.items]
-    return Part("fit", f"Held-out answers, {held_out.title}", protocol, texts, work, [(i.disease,) for i in held_out.items])
+    return Part(
+        "fit", f"Held-out answers, {held_out.title}", protocol, texts, work, [(i.disease,) for i in held_out.items]
+    )
 
 
 def _fit(examinee: Examinee, items: Sequence[Item], exposure: Exposure, protocol: str) -> Outcome:
@@ -49,34 +51,52 @@ def _fit(examinee: Examinee, items: Sequence[Item], exposure: Exposure, protocol
     theirs = examinee.losses([swapped[k] for k in kept])
     tokens = [float(len(row)) for row in ours]
     sums = [math.fsum(row) for row in ours]
-    floors: dict[str, Floor] = {
-        "uniform": Scores([n * math.log(examinee.tokenizer.vocab_size) for n in tokens], tokens),
-        "these answers' token frequencies": Scores(_unigram([documents[k] for k in kept]), tokens),
-        "another patient's question": Scores([math.fsum(row) for row in theirs], tokens),
+    floor_sums = {
+        "uniform": [n * math.log(examinee.tokenizer.vocab_size) for n in tokens],
+        "these answers' token frequencies": _unigram([documents[k] for k in kept]),
+        "another patient's question": [math.fsum(row) for row in theirs],
     }
     flags = exposure.contaminated and [exposure.contaminated[k] for k in kept]
-    loss = figure(
-        "fit.nll", Scores(sums, tokens), floors=floors, protocol=protocol, better="lower", unit="nats",
-        contaminated=flags, groups=[items[k].topic for k in kept], note="a token of held-out answers",
-    )  # fmt: skip
-    by_seen = figure(
-        "fit.nll", Scores(sums, tokens), floors=floors, protocol=protocol, better="lower", unit="nats",
-        contaminated=flags, groups=[exposure.group(k) for k in kept] if exposure.named is not None else None,
-    )  # fmt: skip
-    perplexity = transformed(by_seen, "fit.perplexity", math.exp, "score", "exp of the loss")
+
+    def loss(groups: Sequence[str] | None) -> Figure:
+        floors = {name: Scores(nats, tokens) for name, nats in floor_sums.items()}
+        return figure(
+            "fit.nll",
+            Scores(sums, tokens),
+            floors=floors,
+            protocol=protocol,
+            better="lower",
+            unit="nats",
+            contaminated=flags,
+            groups=groups,
+            note="a token of held-out answers",
+        )
+
+    seen = [exposure.group(k) for k in kept] if exposure.named is not None else None
+    perplexity = transformed(loss(seen), "fit.perplexity", math.exp, "score", "exp of the loss")
     sizes = [float(len(items[k].answer.encode())) for k in kept]
+
+    def in_bits(nats: Sequence[float]) -> Scores:
+        return Scores([n / math.log(2) for n in nats], sizes)
+
     per_byte = figure(
-        "fit.bits_per_byte", Scores([s / math.log(2) for s in sums], sizes), protocol=protocol, better="lower",
-        floors={name: Scores([s / math.log(2) for s in f.sums], sizes) for name, f in floors.items() if isinstance(f, Scores)},
-        unit="bits", contaminated=flags, groups=[items[k].disease or "unknown" for k in kept], note="a byte of held-out answers",
-    )  # fmt: skip
+        "fit.bits_per_byte",
+        in_bits(sums),
+        floors={name: in_bits(nats) for name, nats in floor_sums.items()},
+        protocol=protocol,
+        better="lower",
+        unit="bits",
+        contaminated=flags,
+        groups=[items[k].disease or "unknown" for k in kept],
+        note="a byte of held-out answers",
+    )
     rows = [
         {"question": items[k].question, "disease": items[k].disease, "nll": s, "tokens": int(n)}
         for k, s, n in zip(kept, sums, tokens, strict=True)
     ]
     lost = len(items) - len(kept)
     notes = [f"{lost:,} of {len(items):,} dialogues do not fit the context and are left out"] if lost else []
-    return Outcome([loss, perplexity, per_byte], rows, notes)
+    return Outcome([loss([items[k].topic for k in kept]), perplexity, per_byte], rows, notes)
 
 
 def _opened(examinee: Examinee, dialogue: Dialogue) -> Dialogue:

@@ -88,7 +88,7 @@ def topic_of(question: str) -> str:
 
 
 def training_pairs(dialogues: Iterable[Dialogue], limit: int) -> list[tuple[str, str]]:
-    """The first question and answer of training dialogues, the first `limit` of them: where neighbours are looked for."""
+    """Question and answer of the first `limit` training dialogues: where neighbours are looked for."""
     pairs: list[tuple[str, str]] = []
     for d in dialogues:
         turns = [m.content for m in d.messages if m.role != "system"]
@@ -102,5 +102,3 @@ def training_pairs(dialogues: Iterable[Dialogue], limit: int) -> list[tuple[str,
 def _identity(items: Sequence[Item]) -> str:
     keys = b"".join(content_key(i.dialogue).to_bytes(8, "little") for i in items)
     return hashlib.sha256(keys).hexdigest()[:12]
-
-

@@ -65,9 +65,7 @@ class Knowledge:
 def of_table(table: Table | None = None) -> Knowledge:
     """The project's own table of conditions."""
     table = table or load_table()
-    facts = tuple(
-        Fact(c.name, c.spoken, c.synonyms, c.symptoms, c.tests, c.medications) for c in table.conditions
-    )
+    facts = tuple(Fact(c.name, c.spoken, c.synonyms, c.symptoms, c.tests, c.medications) for c in table.conditions)
     return Knowledge("the built-in table of conditions", _identity(facts), facts)
 
 
@@ -101,7 +99,10 @@ def _merged(facts: Iterable[Fact]) -> tuple[Fact, ...]:
         if old is None:
             by_name[key] = f
             continue
-        joined = [tuple(dict.fromkeys(getattr(old, k) + getattr(f, k))) for k in ("synonyms", "symptoms", "tests", "medications")]
+        joined = [
+            tuple(dict.fromkeys(getattr(old, k) + getattr(f, k)))
+            for k in ("synonyms", "symptoms", "tests", "medications")
+        ]
         by_name[key] = Fact(old.name, old.spoken, *joined)
     return tuple(by_name.values())
 

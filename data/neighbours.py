@@ -27,7 +27,9 @@ class Neighbours:
         for i, words in enumerate(counted):
             for word, n in words.items():
                 postings[word].append((i, n))
-        self._postings = {w: (np.array([i for i, _ in p]), np.array([n for _, n in p], float)) for w, p in postings.items()}
+        self._postings = {
+            w: (np.array([i for i, _ in p]), np.array([n for _, n in p], float)) for w, p in postings.items()
+        }
         self._n = len(texts)
 
     def idf(self, word: str) -> float:

@@ -153,7 +153,9 @@ def read_pubmedqa(folder: Path) -> QuestionSet:
         if verdict not in VERDICTS:
             raise ValueError(f"{truth}: {key} is {verdict!r}; it must be yes, no or maybe")
         if not isinstance(items.get(key), dict):
-            raise ValueError(f"{path}: has no item {key}, which {truth.name} names; the two files do not belong together")
+            raise ValueError(
+                f"{path}: has no item {key}, which {truth.name} names; the two files do not belong together"
+            )
         contexts = _field(items[key], "CONTEXTS", list, where)
         if not all(isinstance(c, str) for c in contexts):
             raise ValueError(f"{where}: CONTEXTS must be texts")
@@ -220,7 +222,9 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _field(d: Mapping[str, Any], name: str, kind: type, where: str) -> Any:
     value = d.get(name)
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise ValueError(f"{where}: {name} is {'missing' if name not in d else repr(value)[:40]}; wanted {kind.__name__}")
+        raise ValueError(
+            f"{where}: {name} is {'missing' if name not in d else repr(value)[:40]}; wanted {kind.__name__}"
+        )
     return value
 
 

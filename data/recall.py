@@ -65,7 +65,7 @@ def lists_part(kind: str, knowledge: Knowledge, limit: int | None) -> Part:
         "diseases": [f.name for f in facts],
         "question": question,
         "lead": lead,
-        "scoring": "prompt format + question + lead, sum of log p of ' ' + name; share of the true R names in the first R",
+        "scoring": "prompt format + question + lead, sum of log p of ' ' + name; true ones among the first R",
     }
 
     def work(examinee: Examinee, exposure: Exposure, protocol: str) -> Outcome:
@@ -215,7 +215,9 @@ def _lists(
         first = [names[i] for i in sorted(range(len(names)), key=lambda i, s=scores: -s[i])[: len(true)]]
         order = sorted(names, key=lambda name: -common[name] + (name in true))  # its own row does not count
         similar = near(f.symptoms)
-        nearest = max((i for i, g in enumerate(knowledge.facts) if g is not f), key=lambda i, s=similar: s[i], default=None)
+        nearest = max(
+            (i for i, g in enumerate(knowledge.facts) if g is not f), key=lambda i, s=similar: s[i], default=None
+        )
         theirs = () if nearest is None else getattr(knowledge.facts[nearest], kind)
         hits.append(_precision(first, true))
         by_common.append(_precision(order, true))
@@ -229,9 +231,14 @@ def _lists(
     }
     groups = [exposure.group(i) for i in range(len(facts))]
     made = figure(
-        f"{kind}.r_precision", Scores.of(hits), floors=floors, protocol=protocol, contaminated=exposure.contaminated,
-        groups=groups if exposure.named is not None else None, note=f"of {len(names)} names, the true ones among the first R",
-    )  # fmt: skip
+        f"{kind}.r_precision",
+        Scores.of(hits),
+        floors=floors,
+        protocol=protocol,
+        contaminated=exposure.contaminated,
+        groups=groups if exposure.named is not None else None,
+        note=f"of {len(names)} names, the true ones among the first R",
+    )
     return Outcome([made], items)
 
 

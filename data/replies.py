@@ -66,7 +66,9 @@ class _Answers:
         where = "of the training files" if pairs else "of the other questions"
         floors[f"nearest neighbour's answer, {where}"] = nearest_answers(self.items, pairs)
         figures = [*self._names(answers, floors), *self._conduct(replies, references), *self._likeness(answers, floors)]
-        vectors_of, title = (encoder[1], encoder[0]) if encoder else (self.examinee.vectors, "the model's own hidden states")
+        vectors_of, title = (
+            (encoder[1], encoder[0]) if encoder else (self.examinee.vectors, "the model's own hidden states")
+        )
         matched = self._matching(answers, floors, vectors_of, title)
         rows = [
             {"question": i.question, "reference": i.answer, "answer": r.text, "stopped": r.stopped, "tokens": r.tokens}
@@ -79,12 +81,16 @@ class _Answers:
 
     def _names(self, answers: Sequence[str], floors: Mapping[str, Sequence[str]]) -> list[Figure]:
         wanted = [set(self.knowledge.lexicon.find(i.answer)) for i in self.items]
-        named = {k: [set(self.knowledge.lexicon.find(t)) for t in texts] for k, texts in {"": answers, **floors}.items()}
+        named = {
+            k: [set(self.knowledge.lexicon.find(t)) for t in texts] for k, texts in {"": answers, **floors}.items()
+        }
         figures = []
         for kind in KINDS:
             if not any(name[0] == kind for names in wanted for name in names):
                 continue
-            counted = {k: [_counts(w, f, kind) for w, f in zip(wanted, found, strict=True)] for k, found in named.items()}
+            counted = {
+                k: [_counts(w, f, kind) for w, f in zip(wanted, found, strict=True)] for k, found in named.items()
+            }
             for what, place in (("precision", 1), ("recall", 2)):
                 scores = {k: Scores([c[0] for c in rows], [c[place] for c in rows]) for k, rows in counted.items()}
                 ours = scores.pop("")
@@ -100,7 +106,10 @@ class _Answers:
                 next((name for kind, name in self.knowledge.lexicon.find(t) if kind == "diseases"), None) for t in texts
             ]
             known = [(i.disease.lower(), name) for i, name in zip(self.items, found, strict=True)]
-            return Scores([float(bool(d) and name is not None and name.lower() == d) for d, name in known], [float(bool(d)) for d, _ in known])
+            return Scores(
+                [float(bool(d) and name is not None and name.lower() == d) for d, name in known],
+                [float(bool(d)) for d, _ in known],
+            )
 
         return self._figure(
             "disease_named_first", right(answers), {k: right(t) for k, t in floors.items()},
@@ -111,11 +120,23 @@ class _Answers:
 
     def _conduct(self, replies: Sequence[Reply], references: Sequence[str]) -> list[Figure]:
         texts = [r.text for r in replies]
-        figures = [self._figure("stopped", Scores.of([r.stopped for r in replies]), {}, "ended by the model itself", None)]
+        figures = [
+            self._figure(
+                "stopped",
+                Scores.of([r.stopped for r in replies]),
+                {"reference answers": 1.0},
+                "ended by the model itself",
+                None,
+            )
+        ]
         measures: tuple[tuple[str, Callable[[str], bool], str], ...] = (
             ("repetition", conduct.loops, "one run of 8 words 4 times or more in an answer"),
             ("role_leak", conduct.leaks_role, "the answer goes on as another turn of the dialogue"),
-            ("dose_without_source", lambda t: bool(conduct.unsourced_doses(t)), "an amount of medicine, and no citation"),
+            (
+                "dose_without_source",
+                lambda t: bool(conduct.unsourced_doses(t)),
+                "an amount of medicine, and no citation",
+            ),
         )
         for name, measure, note in measures:
             ours, theirs = (Scores.of([measure(t) for t in some]) for some in (texts, references))
@@ -124,7 +145,12 @@ class _Answers:
         longs = [float(len(words_of(t))) for t in references]
         figures.append(
             self._figure(
-                "length_ratio", Scores(words, longs), {"reference answers": 1.0}, "words, to the references'", None, "score"
+                "length_ratio",
+                Scores(words, longs),
+                {"reference answers": 1.0},
+                "words, to the references'",
+                None,
+                "score",
             )
         )
         return figures
@@ -169,7 +195,13 @@ class _Answers:
         ]  # fmt: skip
 
     def _figure(
-        self, name: str, scores: Scores, floors: Mapping[str, Floor], note: str, better: Any = "higher", unit: str = "share"
+        self,
+        name: str,
+        scores: Scores,
+        floors: Mapping[str, Floor],
+        note: str,
+        better: Any = "higher",
+        unit: str = "share",
     ) -> Figure:
         return figure(
             f"answers.{name}", scores, protocol=self.protocol, floors=floors, better=better or "neither", unit=unit,
