@@ -10,7 +10,6 @@ skipped: one line says what is wrong, and no DST is left behind.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import json
@@ -157,7 +156,7 @@ def convert(args: argparse.Namespace) -> None:
     else:
         size = sum(_bytes(e, job) for e in _entries(job))
     if args.to == "gguf":
-        with _atomic_file(args.dst, size + _SLACK) as file:
+        with files.atomic_file(args.dst, size + _SLACK) as file:
             named = args.src.resolve().stem, _chat_format(job.source)
             write_gguf(file, _stream(job, size), job.config, _required(job.tokenizer), job.gguf_kind, *named)
             result = GGUF(file)
@@ -462,21 +461,6 @@ def _ids(job: Job) -> dict[str, Any]:
         return job.source.ids()
     stated = files.read_json(job.source.path / "config.json")
     return {k: stated[k] for k in ("bos_token_id", "eos_token_id") if isinstance(stated.get(k), (int, list))}
-
-
-@contextlib.contextmanager
-def _atomic_file(path: Path, needed: int) -> Iterator[Path]:
-    """A file to write; leaving the block puts it at `path`, whole or not at all."""
-    staged = files.stage(path, needed)
-    try:
-        yield staged.directory / path.name
-        files.fsync(staged.directory / path.name)
-        os.rename(staged.directory / path.name, path)
-        files.fsync(staged.directory.parent)
-    except OSError as e:
-        raise files.full_disk(e, path) from None
-    finally:
-        staged.close(remove=True)
 
 
 def _summarise(job: Job, dst: Path, size: int) -> None:

@@ -255,6 +255,11 @@ def stage(path: str | Path, needed: int = 0) -> Staged:
         home, prefix = target, ".staged-"
     else:
         home, prefix = target.parent, f".{target.name}.staged-"
+    return _stage(path, home, prefix, needed)
+
+
+def _stage(path: str | Path, home: Path, prefix: str, needed: int) -> Staged:
+    target = Path(path).resolve()
     try:
         home.mkdir(parents=True, exist_ok=True)
         clean(home, prefix)
@@ -326,6 +331,26 @@ def atomic_directory(path: str | Path, needed: int = 0) -> Iterator[Path]:
         raise full_disk(e, Path(path)) from None
     finally:
         staged.close(remove=not done)
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path, needed: int = 0) -> Iterator[Path]:
+    """A file to write; leaving the block puts it at `path`, in place of an earlier one, whole or not at all.
+
+    needed: as for atomic_directory. On any error what was at `path` stays as it was.
+    """
+    target = Path(path).resolve()
+    staged = _stage(path, target.parent, f".{target.name}.staged-", needed)
+    file = staged.directory / target.name
+    try:
+        yield file
+        fsync(file)
+        os.replace(file, target)
+        fsync(target.parent)
+    except OSError as e:
+        raise full_disk(e, Path(path)) from None
+    finally:
+        staged.close(remove=True)
 
 
 def full_disk(e: OSError, path: Path) -> OSError | ValueError:
