@@ -20,11 +20,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama.chat import Dialogue, Message, render
+from llama.chat import Dialogue, Message
 from llama.command_line import LATEST, Parser
-from llama.screen import Screen
+from llama.screen import Screen, show
 
 if TYPE_CHECKING:  # torch takes seconds to import: --help and wrong flags must not wait for it
+    from llama.attendant import Attendant
     from llama.generation import Answer, Doctor
     from llama.sampling import SamplingParams
     from llama.speculative import Drafter
@@ -79,6 +80,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="keep N of the model's blocks in the CPU's memory and have them travel to the GPU for every token; "
         "without N: as few as must",
     )
+    add(
+        "--triage",
+        choices=["on", "off"],
+        default="on",
+        help="say at once, before any model answers, what the rules in data/rules/ find urgent (on); not with --raw",
+    )
+    add(
+        "--patient",
+        metavar="CARD.json",
+        help="age, sex, pregnancy, allergies, conditions, medications of who asks; /patient edits it in the chat",
+    )
     add("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1, ...")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: as the weights are stored")
     add("--compile", action="store_true", help="single steps by torch.compile, 10-20 s at first use; slower on 2 cores")
@@ -95,6 +107,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         p.error("--input and --output need each other")
     if args.prompt is None and args.input is None and (args.raw or args.json):
         p.error(f"{'--raw' if args.raw else '--json'} needs --prompt or --input")
+    if args.raw and args.patient is not None:
+        p.error("--raw passes the text as it is: without it --patient has a place")
     if args.speculate and args.draft is not None:
         p.error("--speculate and --draft exclude each other")
     if args.input is not None and (args.speculate == "lookup" or args.draft is not None):
@@ -164,6 +178,7 @@ def load(args: argparse.Namespace) -> Doctor:
         ranks=ranks,
         compiled=args.compile,
     )
+    doctor = dataclasses.replace(doctor, attendants=() if args.raw else _attendants(doctor, args))
     if ranks > 1 and args.seed is None:  # all must draw the same
         seed = doctor.shared(lambda: secrets.randbits(62))
         doctor = dataclasses.replace(doctor, params=dataclasses.replace(params, seed=seed))
@@ -177,6 +192,26 @@ def load(args: argparse.Namespace) -> Doctor:
     if args.verbose or args.kernels != "auto" or device != "cpu":  # on a CPU there is nothing to choose from
         print(kernels.describe(device), file=sys.stderr)
     return doctor
+
+
+def _attendants(doctor: Doctor, args: argparse.Namespace) -> tuple[Attendant, ...]:
+    """Who stands beside the model, as the flags ask. Rank 0's are asked, so they alone read files."""
+    found: list[Attendant] = []
+
+    def begin() -> None:
+        from data.patient import Patient
+        from data.person import Person
+        from data.triage import Triage
+
+        patient = None
+        if args.patient is not None:
+            patient = Patient(Path(args.patient).expanduser(), begin=args.prompt is None and args.input is None)
+            found.append(patient)
+        if args.triage == "on":
+            found.insert(0, Triage(patient.person if patient else Person))
+
+    doctor.shared(begin)
+    return tuple(found)
 
 
 def _drafter(args: argparse.Namespace, tokenizer: Tokenizer, device: str) -> Drafter | None:
@@ -253,23 +288,30 @@ def answer_one(doctor: Doctor, args: argparse.Namespace) -> None:
     from llama.generation import Answer
 
     text = doctor.shared(_read_stdin) if args.prompt == "-" else args.prompt
-    answer = Answer(doctor.request(doctor.prompt_ids(text, args.raw), args.raw), doctor.tokenizer)
+    dialogue = None if args.raw else doctor.question(text)
+    before = doctor.before(dialogue) if dialogue else []
+    for said in before:  # at once, and on stdout: it belongs to the answer, whoever reads that
+        show(said, sys.stderr if args.json else sys.stdout)
+    ids = doctor.fit(dialogue)[0] if dialogue else doctor.raw_ids(text)
+    answer = Answer(doctor.request(ids, args.raw), doctor.tokenizer)
     screen = Screen(sys.stdout)
     try:
         for piece in answer.stream(doctor.model, doctor.context(), drafter=doctor.drafter):
             if not args.json:
                 screen.write(piece)
-    except (KeyboardInterrupt, SystemExit):  # Ctrl-C; under torchrun it is the latter
-        _end(answer, screen, args.json)
-        raise
-    _end(answer, screen, args.json)
+    finally:  # also after Ctrl-C, which under torchrun is a SystemExit
+        after = doctor.after(dialogue, answer.text) if dialogue else []
+        if args.json:
+            print(_line({**_notices(doctor, before, after), **answer.to_json()}), flush=True)
+        else:
+            screen.end()
+            for said in after:
+                show(said, sys.stdout)
 
 
-def _end(answer: Answer, screen: Screen, as_json: bool) -> None:
-    if as_json:
-        print(_line(answer.to_json()), flush=True)
-    else:
-        screen.end()
+def _notices(doctor: Doctor, before: list[str], after: list[str]) -> dict[str, list[str]]:
+    """The fields of an answer for what attendants said, where there are attendants."""
+    return {"before": before, "after": after} if doctor.attendants else {}
 
 
 def _line(value: Any) -> str:
@@ -308,7 +350,7 @@ def answer_file(doctor: Doctor, args: argparse.Namespace) -> int:
     records, answered = doctor.shared(lambda: _begin(source, target))
     todo = deque(r for r in records if r[0] not in answered)
     batch = Batch(doctor.model, doctor.tokenizer, args.batch_size)
-    open_lines: dict[Answer, tuple[int, Any]] = {}
+    open_lines: dict[Answer, tuple[int, Any, Dialogue | None, list[str]]] = {}
     rejected, tokens, began = 0, 0, time.perf_counter()
     with (
         (target if doctor.rank == 0 else Path(os.devnull)).open("a", encoding="utf-8") as out,
@@ -324,21 +366,27 @@ def answer_file(doctor: Doctor, args: argparse.Namespace) -> int:
         while todo or batch:
             while todo and len(batch) < 2 * args.batch_size:  # enough that wait for the next free rows
                 line, record, error = todo.popleft()
+                before: list[str] = []
                 try:
                     if error:
                         raise ValueError(error)
-                    ids, left_out = _record_ids(doctor, record, args.raw)
+                    asked = _question(doctor, record, args.raw)
+                    dialogue = asked if isinstance(asked, Dialogue) else None
+                    before = doctor.before(dialogue) if dialogue else []
+                    ids, left_out = _fitted(doctor, asked)
                     if left_out:
                         bar.write(f"{source} line {line}: the oldest {left_out} turns are left out", file=sys.stderr)
-                    open_lines[batch.submit(doctor.request(ids, args.raw))] = line, record
+                    open_lines[batch.submit(doctor.request(ids, args.raw))] = line, record, dialogue, before
                 except ValueError as e:
                     rejected += 1
                     bar.write(f"error: {source} line {line}: {e}", file=sys.stderr)
-                    write(line, record, {"error": str(e)})
+                    write(line, record, {**({"before": before} if before else {}), "error": str(e)})
             for answer, _ in batch.step():
                 tokens += 1
                 if answer.finish_reason:
-                    write(*open_lines.pop(answer), answer.to_json())
+                    line, record, dialogue, before = open_lines.pop(answer)
+                    after = doctor.after(dialogue, answer.text) if dialogue else []
+                    write(line, record, {**_notices(doctor, before, after), **answer.to_json()})
     if doctor.rank == 0:
         _rewrite(target, dict(_numbered(target.read_bytes())))
     done = len(records) - rejected
@@ -384,8 +432,8 @@ def _read_records(path: Path) -> Iterator[tuple[int, Any, str | None]]:
             yield number, None, f"not JSON ({getattr(e, 'msg', 'nested too deeply')})"
 
 
-def _record_ids(doctor: Doctor, record: Any, raw: bool) -> tuple[list[int], int]:
-    """Prompt ids of one record, and how many of its oldest turns had to be left out. ValueError says what it lacks."""
+def _question(doctor: Doctor, record: Any, raw: bool) -> Dialogue | str:
+    """What one record asks, raw: its text alone. ValueError says what it lacks."""
     if not isinstance(record, dict):
         raise ValueError(f"a record must be an object, this is {type(record).__name__}")
     if "messages" in record and not raw:
@@ -400,20 +448,24 @@ def _record_ids(doctor: Doctor, record: Any, raw: bool) -> tuple[list[int], int]
             dialogue = Dialogue((*doctor.chat_format.opening(), *dialogue.messages))
         if dialogue.messages[-1].role != "user":
             raise ValueError("messages must end with the user's turn")
-        return doctor.fit(dialogue)
+        return dialogue
     key = "prompt" if "prompt" in record else "input"
     text, instruction = record.get(key), record.get("instruction")
     if not isinstance(text, str):
         raise ValueError(f"no text under prompt, input{'' if raw else ' or messages'}")
     if key == "input" and isinstance(instruction, str) and not raw:
         turns = (Message("system", instruction), Message("user", text)) if text else (Message("user", instruction),)
-        return _checked(doctor, render(Dialogue(turns), doctor.chat_format, doctor.tokenizer)[0])
-    return _checked(doctor, doctor.prompt_ids(text, raw))
+        return Dialogue(turns)
+    return text if raw else doctor.question(text)
 
 
-def _checked(doctor: Doctor, ids: list[int]) -> tuple[list[int], int]:
+def _fitted(doctor: Doctor, asked: Dialogue | str) -> tuple[list[int], int]:
+    """Prompt ids of what a record asks, and how many of its oldest turns had to be left out."""
+    if isinstance(asked, Dialogue):
+        return doctor.fit(asked)
     from llama.generation import room_for
 
+    ids = doctor.raw_ids(asked)
     room_for(doctor.model, ids, 1)
     return ids, 0
 

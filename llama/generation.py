@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from llama import few_rows, one_row
+from llama.attendant import Attendant, Command
 from llama.cache import KVCache
-from llama.chat import ChatFormat, Dialogue, Message, fit, render
+from llama.chat import ChatFormat, Dialogue, Message, fit
 from llama.fixed_step import FixedStep, can_capture
 from llama.model import Llama
 from llama.one_row import OneRow
@@ -72,6 +73,7 @@ class Doctor:
     rank: int = 0
     ranks: int = 1
     compiled: bool = False  # steps of one token by torch.compile
+    attendants: tuple[Attendant, ...] = ()  # asked on rank 0 alone; the others hear what they say
 
     def context(self) -> Context:
         """For a new conversation."""
@@ -85,24 +87,53 @@ class Doctor:
 
         return on_first_rank(work)
 
-    def prompt_ids(self, text: str, raw: bool = False) -> list[int]:
-        """Ids of a new chat's first question; raw: of BOS and the text as it is."""
-        if raw:
-            return [self.tokenizer.bos_id, *self.tokenizer.encode(text)]
+    def question(self, text: str) -> Dialogue:
+        """A new chat's first question."""
         if not text.strip():
             raise ValueError("the prompt is empty")
-        dialogue = Dialogue((*self.chat_format.opening(), Message("user", text)))
-        return render(dialogue, self.chat_format, self.tokenizer)[0]
+        return Dialogue((*self.chat_format.opening(), Message("user", text)))
+
+    def raw_ids(self, text: str) -> list[int]:
+        """Prompt ids of BOS and the text as it is; no attendant sees it."""
+        return [self.tokenizer.bos_id, *self.tokenizer.encode(text)]
+
+    def before(self, dialogue: Dialogue) -> list[str]:
+        """The attendants' notices to be shown before its answer is begun."""
+        return self.shared(lambda: [said for a in self.attendants if (said := a.before(dialogue))])
+
+    def after(self, dialogue: Dialogue, answer: str) -> list[str]:
+        """Their notices to be shown after it."""
+        return self.shared(lambda: [said for a in self.attendants if (said := a.after(dialogue, answer))])
+
+    def command(self, name: str, rest: str) -> str | None:
+        """What is said to one of the attendants' commands; None if it is none of theirs."""
+
+        def run() -> str | None:
+            command = self.commands().get(name)
+            return None if command is None else command.run(rest)
+
+        return self.shared(run)
+
+    def commands(self) -> dict[str, Command]:
+        """The attendants' commands by name."""
+        return {name: command for a in self.attendants for name, command in a.commands.items()}
+
+    def _prepared(self, dialogue: Dialogue) -> Dialogue:
+        for attendant in self.attendants:
+            dialogue = attendant.prepare(dialogue)
+        return dialogue
 
     def fit(self, dialogue: Dialogue, kept: float = 1.0) -> tuple[list[int], int]:
-        """Prompt ids of a dialogue with room for an answer, and how many of its oldest turns were left out for that.
+        """Prompt ids of a dialogue, as the attendants prepare it, with room for an answer; and how many of its oldest
+        turns were left out for that.
 
         kept: the share of that place which may stay taken when turns must go. ValueError if the last question alone
         does not fit, or turns would have to go and must not.
         """
         context = self.model.config.max_seq_len
         place = context - min(self.max_new_tokens, context // 2)
-        ids, dropped = fit(dialogue, self.chat_format, self.tokenizer, place, int(kept * place))
+        shown = self.shared(lambda: self._prepared(dialogue))
+        ids, dropped = fit(shown, self.chat_format, self.tokenizer, place, int(kept * place))
         if dropped and self.on_overflow == "refuse":
             raise ValueError(
                 f"the dialogue has outgrown the context of {context:,} tokens (an answer takes up to "

@@ -52,3 +52,10 @@ class Screen:
             self._flush()
         self.out.write("\n")
         self.out.flush()
+
+
+def show(text: str, out: TextIO) -> None:
+    """A text that is whole already."""
+    screen = Screen(out)
+    screen.write(text)
+    screen.end()

@@ -18,7 +18,7 @@ from pathlib import Path
 import kernels
 from llama.chat import Dialogue, Message
 from llama.generation import Answer, Doctor
-from llama.screen import Screen
+from llama.screen import Screen, show
 
 DISCLAIMER = (
     "A research model, not a doctor: its answers are not medical advice and may be\n"
@@ -53,7 +53,7 @@ class Chat:
             "/retry": self._retry,
             "/save": self._save,
             "/stats": self._stats,
-            "/help": lambda _: notice(HELP),
+            "/help": lambda _: notice(self._help()),
         }
         self._start()
 
@@ -76,6 +76,8 @@ class Chat:
             if text == "/quit":
                 break
             if text.startswith("/"):
+                if history and text.partition(" ")[0] in self.doctor.commands():
+                    history.forget()
                 self._command(text)
             elif text:
                 if history:
@@ -100,11 +102,10 @@ class Chat:
 
     def _command(self, text: str) -> None:
         name, _, rest = text.partition(" ")
-        run = self.commands.get(name)
-        if run is None:
-            notice(f"{name} is not a command; /help lists them")
+        if name in self.commands:
+            self.commands[name](rest.strip())
         else:
-            run(rest.strip())
+            notice(self.doctor.command(name, rest.strip()) or f"{name} is not a command; /help lists them")
 
     # --- answers ---
 
@@ -113,6 +114,8 @@ class Chat:
         doctor = self.doctor
         opening = doctor.chat_format.opening()
         dialogue = Dialogue((*opening, *self.turns[2 * self.left_out :], Message("user", question)))
+        for said in doctor.before(dialogue):
+            show(said, sys.stdout)
         try:
             ids, dropped = doctor.fit(dialogue, KEPT)
         except ValueError as e:
@@ -127,6 +130,10 @@ class Chat:
         params = dataclasses.replace(doctor.params, seed=self._next_seed)
         self._next_seed = (self._next_seed + 1) % 2**62
         answer = self._show(Answer(doctor.request(ids, params=params), doctor.tokenizer))
+        for said in doctor.after(dialogue, answer.text):
+            show(said, sys.stdout)
+        if self.interactive:
+            notice("")
         if answer.text.strip():
             self.turns += [Message("user", question), Message("assistant", answer.text.rstrip())]
         else:
@@ -148,12 +155,15 @@ class Chat:
         screen.end()
         if ending:
             notice(ending)
-        if self.interactive:
-            notice("")
         self.last = answer
         return answer
 
     # --- commands ---
+
+    def _help(self) -> str:
+        """The list of commands, those of the attendants before the last two lines."""
+        lines = HELP.splitlines()
+        return "\n".join([*lines[:-2], *(command.help for command in self.doctor.commands().values()), *lines[-2:]])
 
     def _reset(self, _: str) -> None:
         self._start()
@@ -237,6 +247,11 @@ class History:
         readline.set_history_length(1000)
         with contextlib.suppress(OSError):
             readline.read_history_file(self.path)
+
+    def forget(self) -> None:
+        """Let go of the latest line."""
+        if self._readline is not None and (n := self._readline.get_current_history_length()):
+            self._readline.remove_history_item(n - 1)
 
     def save(self) -> None:
         """Store the lines, for their owner's eyes only: they are about someone's health."""

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"train", "generate", "convert_weights", "evaluate", "serve"}
 TEXT_NAMES = (
     "arguments",
+    "attendant",
     "chat",
     "command_line",
     "config",

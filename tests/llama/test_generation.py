@@ -278,11 +278,11 @@ def test_doctor_asks_in_the_models_own_format(model: Llama, small_tokenizer: Tok
     from llama.chat import ChatFormat
 
     doctor = Doctor("m", model, small_tokenizer, ChatFormat("dialogue", "Be kind."), GREEDY, 5)
-    asked = small_tokenizer.decode_continued(doctor.prompt_ids("I have pain"))
+    asked = small_tokenizer.decode_continued(doctor.fit(doctor.question("I have pain"))[0])
     assert asked.strip() == "Be kind.\nPatient: I have pain\nDoctor:"
-    assert doctor.prompt_ids("I have pain", raw=True) == [1, *small_tokenizer.encode("I have pain")]
+    assert doctor.raw_ids("I have pain") == [1, *small_tokenizer.encode("I have pain")]
     with pytest.raises(ValueError, match="prompt is empty"):
-        doctor.prompt_ids(" \n")
+        doctor.question(" \n")
 
 
 # --- stop texts ---
