@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.calibration import calibration_tokens
-from llama import checkpoint, files, quantised_files
+from llama import checkpoint, files, provenance, quantised_files
 from llama.chat import ChatFormat
 from llama.command_line import Parser
 from llama.config import LlamaConfig
@@ -163,16 +163,17 @@ def convert(args: argparse.Namespace) -> None:
             _compare_config(job, result.config)
             _compare(job, result, size)
             job.source.check_unchanged()
-    elif job.scheme is not None:
-        with files.atomic_directory(args.dst, size + _SLACK) as directory:
-            _write_quantised(job, job.scheme, directory, args.calibration)
-            job.source.check_unchanged()
     else:
         with files.atomic_directory(args.dst, size + _SLACK) as directory:
-            _write_directory(job, directory, size)
-            written = (HuggingFace if args.to == "hf" else Meta)(directory, mmap=False)
-            _compare_config(job, written.config)
-            _compare(job, written, size)
+            for name, data in provenance.converted(args.src, args.calibration).items():
+                (directory / name).write_bytes(data)
+            if job.scheme is not None:
+                _write_quantised(job, job.scheme, directory, args.calibration)
+            else:
+                _write_directory(job, directory, size)
+                written = (HuggingFace if args.to == "hf" else Meta)(directory, mmap=False)
+                _compare_config(job, written.config)
+                _compare(job, written, size)
             job.source.check_unchanged()
     _summarise(job, args.dst, size)
 

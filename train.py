@@ -25,8 +25,8 @@ import kernels
 from data import examination, loader, synthesize
 from data.prefetch import Ahead
 from data.records import BadRecord
-from data.training import open_batches, open_data, training_texts
-from llama import checkpoint, elastic, lora, parallel, planner, preference, rehearsal
+from data.training import open_batches, open_data, origin_of, training_texts
+from llama import checkpoint, elastic, lora, parallel, planner, preference, provenance, rehearsal
 from llama.arguments import TrainArguments, parse
 from llama.batching import answer_greedily
 from llama.changes import WeightSample
@@ -382,7 +382,8 @@ def execute(args: TrainArguments, world: World) -> int:
     model = build_model(with_true_rows(args, batches.longest()[0]), source, world)
     optimizer = build_optimizer(args, model)
     fill_weights(args, source, model, optimizer)
-    run = Run(args, world, source, model, optimizer, output_dir, batches)
+    origin = on_first_rank(lambda: provenance.file_of(origin_of(args, source.weights, report)))
+    run = Run(args, world, source, model, optimizer, output_dir, origin, batches)
     if args.pairs:
         open_reference(run)
     where = f"{world.size} x {world.device.type}" if world.size > 1 else str(world.device)

@@ -136,7 +136,7 @@ def _bar(name: str, progress: bool, *what: Iterable[Record], **of: Any) -> tqdm[
 
 
 def content_hash(path: Path, cache_dir: Path | None) -> str:
-    """Hash of a file's bytes; remembered in the cache directory for as long as size, times and inode stay."""
+    """SHA-256 of a file's bytes; remembered in the cache directory for as long as size, times and inode stay."""
     stat = _stat(path)
     note = (
         cache_dir / f"stat-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}.json" if cache_dir else None
@@ -145,12 +145,12 @@ def content_hash(path: Path, cache_dir: Path | None) -> str:
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             known = json.loads(note.read_text())
             if known["stat"] == stat:
-                return str(known["hash"])
+                return str(known["sha256"])
     with path.open("rb") as f:
-        digest = hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=20)).hexdigest()
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
     # A file changed within the clock tick of its last change has the same times: remember only what has settled.
     if note and time.time() - max(stat[1], stat[2]) / 1e9 > 2:
-        _write(note, json.dumps({"file": str(path.resolve()), "stat": stat, "hash": digest}).encode())
+        _write(note, json.dumps({"file": str(path.resolve()), "stat": stat, "sha256": digest}).encode())
     return digest
 
 

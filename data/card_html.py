@@ -127,7 +127,7 @@ def _peers(results: Results) -> list[str]:
                 drawn.append(
                     f'<line class="floor" x1="{_x(f.floor):.1f}" x2="{_x(f.floor):.1f}" y1="{y - 8}" y2="{y + 8}"/>'
                 )
-    key = "blue: this model and its 95 % interval; red stroke: its floor; grey: published models (hover for names)"
+    key = "large: this model with its 95 % interval; red stroke: its floor; small: published models"
     plain = [tuple(cell.replace("**", "") for cell in cells) for cells in rows]
     return [
         "<h2>Beside published figures (accuracy, %)</h2>",
@@ -161,7 +161,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         for h, cell in zip(head, cells, strict=True):
             if h == "against the floor":
                 tds.append(f'<td class="{cell.split()[0]}">{escape(cell)}</td>')
-            elif h in ("figure", "protocol"):
+            elif h == "figure" or (h == "protocol" and head is COLUMNS):
                 tds.append(f"<td><code>{escape(cell)}</code></td>")
             else:
                 kind = ' class="number"' if h in ("value", "95 %", "n") else ""

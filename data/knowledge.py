@@ -5,6 +5,7 @@ recall.py makes closed questions of them, replies.py a lexicon, safety.py a prob
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 from data.conditions import Table, load_table
+from data.diseases import Entry, open_database
 from data.lexicon import Lexicon
 
 SHARED_BY = 0.5  # share of the quarantined rows that hold a placeholder
@@ -71,8 +73,6 @@ def of_table(table: Table | None = None) -> Knowledge:
 
 def of_database(path: str | Path) -> Knowledge:
     """A disease database (data/diseases.py). ValueError where it is none."""
-    from data.diseases import Entry, open_database
-
     database = open_database(path)
 
     def fact(e: Entry) -> Fact:
@@ -108,6 +108,4 @@ def _merged(facts: Iterable[Fact]) -> tuple[Fact, ...]:
 
 
 def _identity(facts: tuple[Fact, ...]) -> str:
-    import hashlib
-
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:12]

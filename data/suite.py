@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from data import choice, fit, held_out, recall, replies, safety
+from data import choice, fit, held_out, recall, replies, safety, triage
 from data.conditions import Table, load_table
 from data.contamination import SHORTEST, contaminated
 from data.held_out import HeldOut
@@ -75,10 +75,6 @@ def _examination(name: str) -> Callable[[Material], Part]:
 
 def _triage(m: Material) -> Part:
     folder = m.folder()
-    try:
-        from data import triage
-    except ImportError:
-        raise Lacking("needs the triage rules (data/triage.py)") from None
     rules = triage.Triage()
 
     def level_of(text: str) -> str | None:

@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from data import loader, synthesize
+from data.cache import content_hash
+from data.diseases import SAMPLE
 from data.records import RejectedFile, read_records
+from llama import provenance
 from llama.arguments import TrainArguments
 from llama.chat import ChatFormat
 from llama.tokenizer import Tokenizer
@@ -62,6 +65,36 @@ def open_data(
         return loader.build(args.data_path, on_bad=lambda bad, raw: None, **choices, **common)
     with RejectedFile(Path(args.output_dir) / "rejected.jsonl") as rejected:
         return loader.build(args.data_path, on_bad=rejected, **choices, **common)
+
+
+def origin_of(args: TrainArguments, base: Path | None, report: loader.Report) -> provenance.Stages:
+    """The stages of the model that a run makes: those of its base, and what the run starts from and learns from.
+
+    Hashes are remembered with the tokens, so that a restart reads nothing again.
+    """
+    cache = Path(args.cache_dir or TOKEN_CACHE)
+
+    def hashed(file: Path) -> str:
+        return content_hash(file, cache)
+
+    if base is None:
+        start, before = {"name": args.model_name_or_path, "seed": args.seed}, []
+    else:
+        start, before = provenance.base_of(base, hashed), provenance.stages_of(base)
+    kept = ("records", "rejected", "dropped", "truncated", "weight")
+    counts = [{key: f[key] for key in kept} for f in report.files]
+    if args.data_path:
+        licences = args.data_licences or ("unknown",) * len(args.data_path)
+        data = [
+            {"name": file, "sha256": hashed(Path(file)), "licence": licence, **count}
+            for file, licence, count in zip(args.data_path, licences, counts, strict=True)
+        ]
+    else:
+        sources = {file.name: hashed(file) for file in sorted(SAMPLE.glob("*.txt"))}
+        data = [{"name": "built-in sample", "made_of": sources, "licence": "this project's", **counts[0]}]
+    records = {"train": report.documents, "held_out": report.held_out}
+    stage = provenance.stage(start, data, records=records, objective=args.objective, seed=args.seed)
+    return [*before, stage]
 
 
 def open_batches(

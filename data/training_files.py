@@ -6,7 +6,6 @@ there is said to be so: what cannot be read cannot be counted.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,9 @@ from typing import Any
 from data.records import read_records
 from data.synthesize import sample
 from llama.chat import Dialogue
-from llama.files import read_json
+from llama.provenance import sha256_of, stages_of
 
 BUILT_IN = "built-in sample"  # as train.py names its own data
-PROVENANCE = "provenance.json"
 
 
 @dataclass(frozen=True)
@@ -38,16 +36,10 @@ class Source:
 
 
 def named_by(checkpoint: Path) -> list[Source] | None:
-    """The sources in a checkpoint's provenance.json; None where it has none. ValueError where that is damaged."""
-    file = checkpoint / PROVENANCE
-    if not file.is_file():
-        return None
-    stages = read_json(file).get("stages")
-    try:
-        named = [(str(d["name"]), str(d.get("sha256", ""))) for stage in stages for d in stage["data"]]  # type: ignore[union-attr]
-    except (TypeError, KeyError, AttributeError):
-        raise ValueError(f"{file}: not a provenance; name the training files with --train_files") from None
-    return [_source(name, sha256, strict=False) for name, sha256 in dict(named).items() if name]
+    """The sources in a checkpoint's provenance.json; None where it names none. ValueError where that is damaged."""
+    stages = stages_of(checkpoint)
+    named = {d["name"]: d.get("sha256", "") for stage in stages for d in stage["data"]}
+    return [_source(name, sha256, strict=False) for name, sha256 in named.items()] if named else None
 
 
 def given(names: Sequence[str]) -> list[Source]:
@@ -63,15 +55,10 @@ def _source(name: str, sha256: str, strict: bool) -> Source:
         if strict:
             raise ValueError(f"--train_files {name}: no such file")
         return Source(name, sha256, "not there any more")
-    found = _sha256(path)
+    found = sha256_of(path)
     if sha256 and found != sha256:
         return Source(name, sha256, "changed since training")
     return Source(name, found, "read")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def dialogues(sources: Sequence[Source], on_bytes: Callable[[int], None] | None = None) -> Iterator[Dialogue]:

@@ -41,6 +41,9 @@ class TrainArguments:
         (), "JSON or JSONL files of dialogues or plain texts, .txt files; none: the built-in sample", nargs="+"
     )
     data_weights: tuple[float, ...] = flag((), "how often each file's records appear in an epoch (1 each)", nargs="+")
+    data_licences: tuple[str, ...] = flag(
+        (), "licence of each data file, noted in the model's provenance.json ('unknown' where it is)", nargs="+"
+    )
     output_dir: str = flag("out/tiny", "where checkpoints, metrics and the finished model go")
     overwrite_output_dir: bool = flag(False, "train anew over a finished model or checkpoints in output_dir")
     tokenizer_path: str = flag("", "SentencePiece model for a preset; without one it is trained on the data")
@@ -187,6 +190,8 @@ class TrainArguments:
             raise ValueError("--fp16 is not supported (its gradients overflow without loss scaling): use --bf16 True")
         if self.data_weights and len(self.data_weights) != len(self.data_path):
             raise ValueError(f"--data_weights has {len(self.data_weights)} numbers for {len(self.data_path)} files")
+        if self.data_licences and len(self.data_licences) != len(self.data_path):
+            raise ValueError(f"--data_licences has {len(self.data_licences)} names for {len(self.data_path)} files")
         if any(not (math.isfinite(w) and w > 0) for w in self.data_weights):
             raise ValueError(f"--data_weights {' '.join(map(str, self.data_weights))}: each must be above 0")
         if self.split_weights and not self.bf16:
@@ -322,7 +327,7 @@ def parse(argv: list[str], builtin: dict[str, Any]) -> TrainArguments:
             options["choices"] = f.metadata["choices"]
         parser.add_argument(*names, **options)
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
-    for name in ("data_path", "data_weights", "lora_target_modules"):
+    for name in ("data_path", "data_weights", "data_licences", "lora_target_modules"):
         if name in given:
             given[name] = tuple(given[name])
     own = "data_path" in given or ("plan" in given and "model_name_or_path" in given)  # a plan needs no data

@@ -360,13 +360,14 @@ def save_model(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     extra: dict[str, Any] | None = None,
     scheme: Scheme | None = None,
+    beside: dict[str, bytes] | None = None,
 ) -> None:
     """Write a model directory, whole or not at all; an earlier model at `path` is replaced only if it was saved here.
 
     tensors: (our name, tensor) in layout.entries order, taken one by one, never held together. dtype None: that of
     the first tensor; all are cast to it. Tensors that are not finite after the cast are a ValueError. generation,
-    extra: see model_files. scheme: of a quantised model, whose blocks' linears come packed. In a process group only
-    one rank calls it (all: save_sharded_model).
+    extra: see model_files. scheme: of a quantised model, whose blocks' linears come packed. beside: further files. In a
+    process group only one rank calls it (all: save_sharded_model).
     """
     stream = iter(tensors)
     first = next(stream, None)
@@ -377,7 +378,7 @@ def save_model(
         raise ValueError(f"{path}: cannot save as {dtype}; choose float32, bfloat16 or float16")
     if scheme is not None:
         extra = {**(extra or {}), "quantization_config": to_json(scheme)}
-    files = model_files(config, tokenizer, chat_format, generation, dtype, extra)
+    files = model_files(config, tokenizer, chat_format, generation, dtype, extra) | (beside or {})
 
     def whole() -> Iterable[tuple[str, Tensor | Packed]]:
         nonlocal first
@@ -402,6 +403,7 @@ def save_sharded_model(
     generation: dict[str, Any] | None = None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    beside: dict[str, bytes] | None = None,
 ) -> None:
     """save_model, called by all ranks with a stream that they must drain together; rank 0 writes.
 
@@ -412,7 +414,8 @@ def save_sharded_model(
     def work() -> None:
         try:
             if ranks()[0] == 0:
-                save_model(path, stream, config, tokenizer, chat_format, generation, dtype, max_shard_bytes)
+                choices = (config, tokenizer, chat_format, generation, dtype, max_shard_bytes)
+                save_model(path, stream, *choices, beside=beside)
         finally:
             for _ in stream:  # gathering is collective: a rank that stops early would leave the others waiting
                 pass

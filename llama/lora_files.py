@@ -56,15 +56,23 @@ def _json(d: dict[str, Any]) -> bytes:
 
 
 def save_adapter(
-    path: str | Path, model: Llama, adapter: LoRAConfig, base: Path, chat_format: ChatFormat | None = None
+    path: str | Path,
+    model: Llama,
+    adapter: LoRAConfig,
+    base: Path,
+    chat_format: ChatFormat | None = None,
+    beside: dict[str, bytes] | None = None,
 ) -> None:
-    """Write the adapters of a model, sharded or not, in fp32, whole or not at all. All ranks call it, rank 0 writes."""
+    """Write the adapters of a model, sharded or not, in fp32, whole or not at all. All ranks call it, rank 0 writes.
+
+    beside: further files of the directory.
+    """
     names = _peft_names(model.config, adapter)
     found = {n: parallel.whole(p, parallel.local(p).detach()).cpu() for n, p in lora.adapters(model)}
     assert found.keys() == names.keys(), "these are not the adapters of this model"
     if problem := [n for n, p in found.items() if not bool(torch.isfinite(p).all())]:
         raise ValueError(f"{path}: {problem[0]} has NaN or infinite values; the adapters are not saved")
-    files = config_file(adapter, base)
+    files = config_file(adapter, base) | (beside or {})
     if chat_format is not None:
         files["chat_format.json"] = _json(chat_format.to_json())
 

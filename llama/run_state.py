@@ -35,6 +35,7 @@ class Training:
     model: Llama
     optimizer: torch.optim.Optimizer
     output_dir: Path
+    origin: dict[str, bytes]  # provenance.json, this run's stage included
 
 
 def check_output_dir(args: TrainArguments, path: Path) -> None:
@@ -90,7 +91,9 @@ def save_state(run: Training, saver: Saver, step: int, order: dict[str, Any], to
             "torch": torch.__version__,
             "base": base,
         },
-        checkpoint.model_files(source.config, source.tokenizer, source.chat_format, source.generation) | adapter,
+        checkpoint.model_files(source.config, source.tokenizer, source.chat_format, source.generation)
+        | adapter
+        | run.origin,
     )
 
 
@@ -142,7 +145,14 @@ def save_finished(run: Training) -> None:
     tensors = parallel.full_tensors(run.model, run.optimizer.master if args.split_weights else parallel.local)
     if args.lora_r:
         assert source.weights is not None
-        lora_files.save_adapter(run.output_dir / "adapter", run.model, args.lora, source.weights, source.chat_format)
+        lora_files.save_adapter(
+            run.output_dir / "adapter",
+            run.model,
+            args.lora,
+            source.weights,
+            source.chat_format,
+            run.origin,
+        )
         tensors = lora.merged_tensors(run.model)
     checkpoint.save_sharded_model(
         run.output_dir,
@@ -152,6 +162,7 @@ def save_finished(run: Training) -> None:
         source.chat_format,
         source.generation,
         saved_dtype(args),
+        beside=run.origin,
     )
     if run.world.rank != 0:
         return

@@ -20,6 +20,7 @@ TEXT_NAMES = (
     "files",
     "lora_config",
     "planner",
+    "provenance",
     "schedule",
     "screen",
     "tokenizer",

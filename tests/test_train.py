@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -20,10 +21,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import convert_weights
 import generate
 import train
 from data import loader, synthesize
-from llama import checkpoint, lora_files, nf4, training_state
+from llama import checkpoint, lora_files, nf4, provenance, training_state
 from llama.arguments import TrainArguments, parse
 from llama.chat import ChatFormat, Dialogue, render
 from llama.config import LlamaConfig
@@ -179,6 +181,7 @@ def test_builtin_defaults_hold_only_without_data() -> None:
         (["--learning_rate", "nan"], "--learning_rate is nan"),
         (["--per_device_train_batch_size", "0"], "must be at least 1"),
         (["--data_path", "a", "b", "--data_weights", "1"], "1 numbers for 2 files"),
+        (["--data_path", "a", "b", "--data_licences", "MIT"], "1 names for 2 files"),
         (["--fsdp", "zero3"], "zero3 is not supported"),
         (["--optim", "adamw_split"], "needs --bf16 True"),
         (["--lora_alpha", "32"], "--lora_alpha is about LoRA adapters: it needs --lora_r"),
@@ -273,6 +276,29 @@ def test_loss_falls_and_the_model_opens_in_transformers(flags: list[str], small_
     with torch.no_grad():
         ours = checkpoint.load_model(out)(torch.tensor([ids]))
         assert (ours - theirs(torch.tensor([ids])).logits).abs().max() <= 1e-4
+
+
+def test_a_model_says_where_it_comes_from(flags: list[str], start: Path, dialogues: Path) -> None:
+    saved = ["--save_strategy", "steps", "--save_steps", "4", "--max_steps", "4", "--data_licences", "CC0-1.0"]
+    assert train.main([*flags, *saved, "--eval_fraction", "0.1"]) == 0
+    (stage,) = provenance.stages_of("out")
+    assert stage == provenance.stages_of("out/checkpoint-4")[0]
+    (data,) = stage["data"]
+    assert data["name"] == str(dialogues)
+    assert data["sha256"] == hashlib.sha256(dialogues.read_bytes()).hexdigest()
+    assert (data["records"], data["licence"]) == (60, "CC0-1.0")
+    assert sum(stage["records"].values()) == 60
+    assert stage["base"] == provenance.base_of(start)
+    # A second stage, and a conversion of it, keep what came before.
+    assert train.main([*flags, *LORA, "--model_name_or_path", "out", "--output_dir", "second", "--max_steps", "2"]) == 0
+    assert [s["base"]["name"] for s in provenance.stages_of("second")] == [str(start), "out"]
+    assert provenance.stages_of("second/adapter") == provenance.stages_of("second")
+    convert = ["second", "quantised", "--to", "hf", "--dtype", "int8", "--calibration", str(dialogues)]
+    assert convert_weights.main(convert) == 0
+    first, second, third = provenance.stages_of("quantised")
+    assert [first, second] == provenance.stages_of("second")
+    assert third["base"]["manifest_sha256"] == hashlib.sha256(Path("second/manifest.json").read_bytes()).hexdigest()
+    assert third["data"][0]["sha256"] == data["sha256"]
 
 
 def test_metrics_lines_hold_what_they_promise(flags: list[str]) -> None:
