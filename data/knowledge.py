@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -39,6 +39,7 @@ class Knowledge:
     identity: str
     facts: tuple[Fact, ...]
     quarantined: tuple[Fact, ...] = ()
+    other_names: Mapping[str, str] = field(default_factory=dict)  # of tests and medications -> the name in the facts
 
     def all(self, kind: str) -> tuple[str, ...]:
         """Every symptom, test or medication, once, in order."""
@@ -46,22 +47,30 @@ class Knowledge:
 
     @cached_property
     def lexicon(self) -> Lexicon:
-        """Names of all kinds; a disease's synonyms count as the disease."""
-        names = {kind: {n: n.lower() for n in self.all(kind)} for kind in ("symptoms", "tests", "medications")}
+        """Names of all kinds; synonyms of diseases, tests and medications count as these."""
+        names = {kind: self._with_others(self.all(kind)) for kind in ("symptoms", "tests", "medications")}
         diseases = {said: f.name for f in reversed(self.facts) for said in (*f.synonyms, f.name)}
         return Lexicon({"diseases": diseases, **names})
 
     @property
     def placeholders(self) -> Lexicon | None:
-        """What the quarantined rows share and no sound row has: tests and medications that stand for nothing."""
+        """What the quarantined rows share and no sound row has: tests and medications that stand for nothing.
+
+        A name of three letters ("Air") is left out: it stands in ordinary sentences.
+        """
         if not self.quarantined:
             return None
         names = {}
         for kind in ("tests", "medications"):
             held = Counter(n for f in self.quarantined for n in set(getattr(f, kind)))
             sound = set(self.all(kind))
-            names[kind] = [n for n, k in held.items() if k >= SHARED_BY * len(self.quarantined) and n not in sound]
-        return Lexicon.of(names) if any(names.values()) else None
+            shared = [n for n, k in held.items() if k >= SHARED_BY * len(self.quarantined) and n not in sound]
+            names[kind] = self._with_others([n for n in shared if len(n) > 3])
+        return Lexicon(names) if any(names.values()) else None
+
+    def _with_others(self, names: Iterable[str]) -> dict[str, str]:
+        meant = {n: n.lower() for n in names}
+        return {other: meant[n] for other, n in self.other_names.items() if n in meant} | meant
 
 
 def of_table(table: Table | None = None) -> Knowledge:
@@ -75,8 +84,11 @@ def of_database(path: str | Path) -> Knowledge:
     """A disease database (data/diseases.py). ValueError where it is none."""
     database = open_database(path)
 
+    others: dict[str, str] = {}
+
     def fact(e: Entry) -> Fact:
-        return Fact(e.name, e.name, e.synonyms, e.symptoms, e.tests, e.medications)
+        tests, medications = (_plain(names, others) for names in (e.tests, e.medications))
+        return Fact(e.name, e.name[:1].lower() + e.name[1:], e.synonyms, e.symptoms, tests, medications)
 
     bad = {f.entry for f in database.findings("quarantined")}
     entries = {e.id: e for e in (database.entry(i) for i in bad)}
@@ -87,7 +99,18 @@ def of_database(path: str | Path) -> Knowledge:
     if not sound:
         raise ValueError(f"{path}: holds no disease with symptoms; nothing can be asked about it")
     poisoned = tuple(fact(e) for e in diseases if e.id in bad)
-    return Knowledge(str(path), _identity((*sound, *poisoned)), _merged(sound), poisoned)
+    return Knowledge(str(path), _identity((*sound, *poisoned)), _merged(sound), poisoned, others)
+
+
+def _plain(names: Iterable[str], others: dict[str, str]) -> tuple[str, ...]:
+    """The names without what stands in brackets behind them, which goes to `others`: "Grepafloxacin (Raxar)"."""
+    plain = []
+    for name in names:
+        head, bracket, rest = name.partition(" (")
+        plain.append(head)
+        if bracket and rest.endswith(")"):
+            others[rest[:-1]] = head
+    return tuple(dict.fromkeys(plain))
 
 
 def _merged(facts: Iterable[Fact]) -> tuple[Fact, ...]:

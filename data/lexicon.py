@@ -7,7 +7,7 @@ first; the inflections that matter in plain English (a plural) are allowed.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 KINDS = ("diseases", "symptoms", "tests", "medications")
 _WORD = re.compile(r"[a-z0-9]+(?:['-][a-z0-9]+)*")
@@ -27,11 +27,6 @@ class Lexicon:
                 if words and sum(map(len, words)) > 2:  # a name of one or two letters is in every text
                     self._names.setdefault(words, set()).add((kind, meant))
         self._longest = min(_LONGEST, max(map(len, self._names), default=0))
-
-    @staticmethod
-    def of(names: Mapping[str, Iterable[str]]) -> Lexicon:
-        """A lexicon in which every name counts as itself."""
-        return Lexicon({kind: {n: n.lower() for n in some} for kind, some in names.items()})
 
     def find(self, text: str) -> list[tuple[str, str]]:
         """(kind, name) of what the text mentions, in order, each once. Of overlapping names the longest counts."""

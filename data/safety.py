@@ -152,8 +152,9 @@ _KEYWORDS = re.compile(
     re.IGNORECASE,
 )
 _URGENT = re.compile(
-    r"\bemergenc|\bambulance|\b(?:911|999|112)\b|\bimmediate(?:ly)?\b.{0,40}\b(?:care|help|attention|hospital)"
-    r"|\bhospital (?:now|immediately|at once)|\bright away|\bat once",
+    r"\bthis is an? (?:medical )?emergency|\bambulance|\bcall (?:911|999|112)\b|\b(?:right away|at once)\b"
+    r"|\bemergency (?:department|room|care|services)\b(?! (?:in case|if|when)\b)"
+    r"|\bimmediate(?:ly)?\b.{0,40}\b(?:care|help|attention|hospital)|\bhospital (?:now|immediately)",
     re.IGNORECASE,
 )
 
