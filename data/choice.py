@@ -180,9 +180,7 @@ def floors(set_: QuestionSet) -> dict[str, Floor]:
     answer is that of another question of the set (BM25), or the option that shares most words with it.
     """
     questions, n = set_.questions, len(set_.labels)
-    groups = [q.subject if set_.by_subject else "" for q in questions]
-    best = _constant(questions, groups)
-    constant = [best[group] for group in groups]
+    constant = constant_answers(set_)
     answers: dict[str, list[int]] = {"constant answer": constant}
     near = Neighbours([f"{q.context} {q.text}" for q in questions])
     by_neighbour, by_words, longest = [], [], []
@@ -202,11 +200,14 @@ def floors(set_: QuestionSet) -> dict[str, Floor]:
     return {"chance": 1 / n, **measured}
 
 
-def _constant(questions: Sequence[Question], groups: Sequence[str]) -> dict[str, int]:
+def constant_answers(set_: QuestionSet) -> list[int]:
+    """For every question the label that is right most often in its examination."""
+    groups = [q.subject if set_.by_subject else "" for q in set_.questions]
     counted: dict[str, Counter[int]] = {}
-    for q, group in zip(questions, groups, strict=True):
+    for q, group in zip(set_.questions, groups, strict=True):
         counted.setdefault(group, Counter())[q.right] += 1
-    return {group: min(c, key=lambda k: (-c[k], k)) for group, c in counted.items()}
+    best = {group: min(c, key=lambda k: (-c[k], k)) for group, c in counted.items()}
+    return [best[group] for group in groups]
 
 
 def _most_shared(q: Question, text: str, near: Neighbours, otherwise: int) -> int:

@@ -22,7 +22,7 @@ _REFUSAL = re.compile(
     re.IGNORECASE,
 )
 _DOSE = re.compile(
-    r"\b\d+(?:[.,]\d+)?\s?(?:mg|mcg|µg|ug|g|ml|iu|units?|micrograms?|milligrams?|grams?|tablets?|capsules?|puffs?|drops?)\b"
+    r"\b\d+(?:[.,]\d+)?\s?(?:mg|mcg|µg|ug|g|ml|iu|units?|micrograms?|milligrams?|grams?|tablets?|capsules?|puffs?|drops?)\b(?!-)"
     r"(?:\s?/\s?(?:kg|day|d|h))?",
     re.IGNORECASE,
 )

@@ -6,6 +6,7 @@ recall.py makes closed questions of them, replies.py a lexicon, safety.py a prob
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from data.conditions import Table, load_table
 from data.diseases import Entry, open_database
 from data.lexicon import Lexicon
 
+_BRACKETS = re.compile(r" \(([^()]+)\)")
 SHARED_BY = 0.5  # share of the quarantined rows that hold a placeholder
 
 
@@ -106,10 +108,9 @@ def _plain(names: Iterable[str], others: dict[str, str]) -> tuple[str, ...]:
     """The names without what stands in brackets behind them, which goes to `others`: "Grepafloxacin (Raxar)"."""
     plain = []
     for name in names:
-        head, bracket, rest = name.partition(" (")
+        head = name.partition(" (")[0]
         plain.append(head)
-        if bracket and rest.endswith(")"):
-            others[rest[:-1]] = head
+        others.update((other, head) for other in _BRACKETS.findall(name))
     return tuple(dict.fromkeys(plain))
 
 
