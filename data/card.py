@@ -38,7 +38,9 @@ def row(f: Figure) -> tuple[str, ...]:
         floor = f"{shown(f.floor, f.unit)} ({f.floor_name})"
     else:
         floor = "; ".join(f"{shown(v, f.unit)} ({k})" for k, v in f.floors.items()) or "none"
-    clean = "" if f.clean_value is None or not f.contaminated else f" (clean: {shown(f.clean_value, f.unit)})"
+    clean = ""
+    if f.contaminated and f.clean_value is not None:
+        clean = f" ({f.n - f.contaminated:,} clean: {shown(f.clean_value, f.unit)})"
     seen = "unknown" if f.contaminated is None else f"{f.contaminated:,}{clean}"
     return f.name, shown(f.value, f.unit), f"{low} to {high}", floor, f.standing, f"{f.n:,}", seen, f.protocol, f.note
 

@@ -101,7 +101,7 @@ class Examinee:
         tokens = sum(len(ids) for ids, _ in documents)
         ways: tuple[Callable[[], Any], ...] = (
             lambda: answer_losses(self._model, documents),
-            lambda: self._prefill(documents),
+            lambda: prefill(self._model, [ids for ids, _ in documents]),
         )
         taken: list[list[float]] = [[], []]
         for turn in range(turns + 1):  # the first one warms up
@@ -117,20 +117,6 @@ class Examinee:
     def _wait(self) -> None:
         if self._model.embed.weight.device.type == "cuda":
             torch.cuda.synchronize()
-
-    def _prefill(self, documents: Sequence[tuple[Ids, Any]]) -> None:
-        weight = self._model.norm.weight
-        for pack in _packs(documents, lambda d: len(d[0]), PASS):
-            row = [token for i in pack for token in documents[i][0]]
-            starts, at = [], 0
-            for i in pack:
-                n = len(documents[i][0])
-                starts += [at] * n
-                at += n
-            cache = KVCache(self._model.config, 1, at, weight.device, weight.dtype)
-            start = torch.tensor([starts], dtype=torch.int32, device=weight.device)
-            ids = torch.tensor([row], device=weight.device)
-            self._model(ids, documents=(start, torch.full_like(start, at)), cache=cache, last_only=True)
 
     def _in_pieces(
         self, items: Sequence[Item], size: Callable[[Item], int], work: Callable[[Sequence[Item]], list[Any]]
@@ -148,6 +134,21 @@ class Examinee:
 
     def _bar(self, total: int) -> tqdm:
         return tqdm(total=total, desc=self.task, unit=" texts", leave=False, disable=None, file=sys.stderr)
+
+
+@torch.inference_mode()
+def prefill(model: Llama, prompts: Sequence[Ids]) -> None:
+    """Read prompts into KV caches, packed as batching.py packs them: what scoring is compared with."""
+    weight = model.norm.weight
+    for pack in _packs(prompts, len, PASS):
+        row, starts = [], []
+        for i in pack:
+            starts += [len(row)] * len(prompts[i])
+            row += prompts[i]
+        cache = KVCache(model.config, 1, len(row), weight.device, weight.dtype)
+        start = torch.tensor([starts], dtype=torch.int32, device=weight.device)
+        ids = torch.tensor([row], device=weight.device)
+        model(ids, documents=(start, torch.full_like(start, len(row))), cache=cache, last_only=True)
 
 
 def _packs(items: Sequence[Item], size: Callable[[Item], int], room: int) -> Iterator[list[int]]:
