@@ -23,6 +23,8 @@ from llama.command_line import LATEST, Parser
 
 if TYPE_CHECKING:  # torch takes seconds to import: --help and wrong flags must not wait for it
     from data.parts import Part
+    from data.replies import Encoder
+    from data.suite import Material
     from data.training_files import Source
     from llama.examinee import Examinee
 
@@ -82,17 +84,41 @@ def run(argv: list[str]) -> int:
     )
     parts, left_out = _prepare(names, by_name, material)
     key = {"schema": SCHEMA, "checkpoint": fingerprint, "dtype": args.dtype, "trained_on": _identity(trained_on)}
+    examinee, facts = _load(args, path)
+    measured = _measure(parts, out, key, examinee, trained_on)
+    results = {
+        "schema": SCHEMA,
+        "command": " ".join(["python", "evaluate.py", *argv]),
+        "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": facts.pop("versions"),
+        "checkpoint": {"path": str(path), "fingerprint": fingerprint, **facts},
+        "suite": args.suite,
+        "limit": limit,
+        "training_files": None if trained_on is None else [s.to_json() for s in trained_on],
+        "throughput": _throughput(examinee, material, facts["device"]),
+        "parts": measured,
+        "left_out": left_out + _unread(trained_on),
+    }
+    _publish(out, results)
+    return 0
+
+
+def _measure(
+    parts: list[Part], out: Path, key: dict[str, Any], examinee: Examinee, trained_on: list[Source] | None
+) -> list[dict[str, Any]]:
+    """The parts' results, each kept as soon as it is there; those of an earlier run with the same key as they are."""
+    from data import suite
+
     stored = {p.name: kept for p in parts if (kept := _stored(out, p, key))}
     missing = [p for p in parts if p.name not in stored]
-    examinee, facts = _load(args, path)
     if missing:
         _say("looking for the items in the training files" if trained_on else "no training files are named")
     exposures = suite.exposures(missing, trained_on)
     for number, part in enumerate(parts, 1):
-        if part.name in stored:
-            _say(f"[{number}/{len(parts)}] {part.name}: kept from an earlier run")
-            continue
         examinee.task = f"[{number}/{len(parts)}] {part.name}"
+        if part.name in stored:
+            _say(f"{examinee.task}: kept from an earlier run")
+            continue
         began = time.perf_counter()
         outcome = part.run(examinee, exposures[part.name])
         stored[part.name] = {
@@ -107,24 +133,10 @@ def run(argv: list[str]) -> int:
         _write(out / "items" / f"{part.name}.jsonl", "".join(json.dumps(i) + "\n" for i in outcome.items))
         _write(out / "parts" / f"{part.name}.json", _json({"key": key, "part": stored[part.name]}))
         _say(f"{examinee.task}: {stored[part.name]['seconds']} s")
-    results = {
-        "schema": SCHEMA,
-        "command": " ".join(["python", "evaluate.py", *argv]),
-        "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": facts.pop("versions"),
-        "checkpoint": {"path": str(path), "fingerprint": fingerprint, **facts},
-        "suite": args.suite,
-        "limit": limit,
-        "training_files": None if trained_on is None else [s.to_json() for s in trained_on],
-        "throughput": _throughput(examinee, material),
-        "parts": [stored[p.name] for p in parts],
-        "left_out": left_out + _unread(trained_on),
-    }
-    _publish(out, results)
-    return 0
+    return [stored[p.name] for p in parts]
 
 
-def _prepare(names: list[str], by_name: bool, material: Any) -> tuple[list[Part], list[dict[str, str]]]:
+def _prepare(names: list[str], by_name: bool, material: Material) -> tuple[list[Part], list[dict[str, str]]]:
     """The parts, and those left out with the reason. ValueError where one was asked for by name, or a file is bad."""
     from data import suite
 
@@ -160,7 +172,8 @@ def _load(args: argparse.Namespace, path: Path) -> tuple[Examinee, dict[str, Any
     kind = f"int{scheme.bits}" if scheme else str(model.norm.weight.dtype).removeprefix("torch.")
     facts = {
         "parameters": model.config.n_params(),
-        "weights": f"{kind} on {device}",
+        "weights": kind,
+        "device": device,
         "context": model.config.max_seq_len,
         "chat_format": chat_format.to_json(),
         "versions": f"python {platform.python_version()}, torch {torch.__version__}, numpy {numpy.__version__}",
@@ -168,7 +181,7 @@ def _load(args: argparse.Namespace, path: Path) -> tuple[Examinee, dict[str, Any
     return Examinee(model, tokenizer, chat_format), facts
 
 
-def _throughput(examinee: Examinee, material: Any) -> dict[str, Any]:
+def _throughput(examinee: Examinee, material: Material, device: str) -> dict[str, Any]:
     """Scoring beside the model's own batched prefill, of the same held-out dialogues."""
     import torch
 
@@ -179,13 +192,13 @@ def _throughput(examinee: Examinee, material: Any) -> dict[str, Any]:
     if not documents:
         return {}
     speed = examinee.speed(documents)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{platform.machine()} CPU"
     return {
         "scoring_tokens_per_s": round(speed.scoring, 1),
         "prefill_tokens_per_s": round(speed.prefill, 1),
         "ratio": round(speed.scoring / speed.prefill, 3),
         "tokens": sum(len(ids) for ids, _ in documents),
-        "device": f"{device}, {torch.get_num_threads()} threads",
+        "device": f"{name}, {torch.get_num_threads()} threads",
     }
 
 
@@ -219,7 +232,7 @@ def _trained_on(args: argparse.Namespace, path: Path) -> list[Source] | None:
     return training_files.named_by(path) if args.train_files is None else training_files.given(args.train_files)
 
 
-def _identity(trained_on: list[Source] | None) -> Any:
+def _identity(trained_on: list[Source] | None) -> list[tuple[str, str, str]] | None:
     return None if trained_on is None else sorted((s.name, s.sha256, s.state) for s in trained_on)
 
 
@@ -230,12 +243,14 @@ def _unread(trained_on: list[Source] | None) -> list[dict[str, str]]:
     ]
 
 
-def _encoder(args: argparse.Namespace) -> Any:
+def _encoder(args: argparse.Namespace) -> tuple[str, Encoder] | None:
     if args.encoder is None:
         return None
     from llama.encoder import load_encoder
 
-    return Path(args.encoder).name, load_encoder(Path(args.encoder), "cpu" if args.device == "auto" else args.device)
+    path = Path(args.encoder)
+    encode = load_encoder(path, "cpu" if args.device == "auto" else args.device)
+    return f"{path.name} ({fingerprint_of(path)})", encode
 
 
 def fingerprint_of(path: Path) -> str:

@@ -61,8 +61,9 @@ def facts(results: Results) -> list[tuple[str, str]]:
     """What was examined, and how."""
     checkpoint, trained = results["checkpoint"], results["training_files"]
     speed = results.get("throughput")
+    size = f"{checkpoint['parameters']:,} parameters, {checkpoint['weights']} on {checkpoint['device']}"
     told = [
-        ("checkpoint", f"{checkpoint['path']} ({checkpoint['parameters']:,} parameters, {checkpoint['weights']})"),
+        ("checkpoint", f"{checkpoint['path']} ({size})"),
         ("fingerprint", checkpoint["fingerprint"]),
         ("suite", results["suite"] + (f", at most {results['limit']} items a part" if results["limit"] else "")),
         (

@@ -51,52 +51,43 @@ def _fit(examinee: Examinee, items: Sequence[Item], exposure: Exposure, protocol
     theirs = examinee.losses([swapped[k] for k in kept])
     tokens = [float(len(row)) for row in ours]
     sums = [math.fsum(row) for row in ours]
-    floor_sums = {
+    nats = {
+        "": sums,
         "uniform": [n * math.log(examinee.tokenizer.vocab_size) for n in tokens],
         "these answers' token frequencies": _unigram([documents[k] for k in kept]),
         "another patient's question": [math.fsum(row) for row in theirs],
     }
     flags = exposure.contaminated and [exposure.contaminated[k] for k in kept]
 
-    def loss(groups: Sequence[str] | None) -> Figure:
-        floors = {name: Scores(nats, tokens) for name, nats in floor_sums.items()}
+    def made(name: str, counts: Sequence[float], unit: str, groups: Sequence[str] | None, note: str) -> Figure:
+        scale = 1 / math.log(2) if unit == "bits" else 1.0
+        scores = {k: Scores([scale * n for n in some], counts) for k, some in nats.items()}
+        ours = scores.pop("")
         return figure(
-            "fit.nll",
-            Scores(sums, tokens),
-            floors=floors,
+            name,
+            ours,
+            floors=scores,
             protocol=protocol,
             better="lower",
-            unit="nats",
+            unit=unit,
             contaminated=flags,
             groups=groups,
-            note="a token of held-out answers",
+            note=note,
         )
 
     seen = [exposure.group(k) for k in kept] if exposure.named is not None else None
-    perplexity = transformed(loss(seen), "fit.perplexity", math.exp, "score", "exp of the loss")
     sizes = [float(len(items[k].answer.encode())) for k in kept]
-
-    def in_bits(nats: Sequence[float]) -> Scores:
-        return Scores([n / math.log(2) for n in nats], sizes)
-
-    per_byte = figure(
-        "fit.bits_per_byte",
-        in_bits(sums),
-        floors={name: in_bits(nats) for name, nats in floor_sums.items()},
-        protocol=protocol,
-        better="lower",
-        unit="bits",
-        contaminated=flags,
-        groups=[items[k].disease or "unknown" for k in kept],
-        note="a byte of held-out answers",
-    )
+    diseases = [items[k].disease or "unknown" for k in kept]
+    loss = made("fit.nll", tokens, "nats", [items[k].topic for k in kept], "a token of held-out answers")
+    perplexity = transformed(made("", tokens, "nats", seen, ""), "fit.perplexity", math.exp, "score", "exp of the loss")
+    per_byte = made("fit.bits_per_byte", sizes, "bits", diseases, "a byte of held-out answers")
     rows = [
         {"question": items[k].question, "disease": items[k].disease, "nll": s, "tokens": int(n)}
         for k, s, n in zip(kept, sums, tokens, strict=True)
     ]
     lost = len(items) - len(kept)
     notes = [f"{lost:,} of {len(items):,} dialogues do not fit the context and are left out"] if lost else []
-    return Outcome([loss([items[k].topic for k in kept]), perplexity, per_byte], rows, notes)
+    return Outcome([loss, perplexity, per_byte], rows, notes)
 
 
 def _opened(examinee: Examinee, dialogue: Dialogue) -> Dialogue:

@@ -36,7 +36,7 @@ def results(**changed: Any) -> dict[str, Any]:
         "notes": ["3 prompts | cut"],
     }
     base = {
-        "checkpoint": {"path": "out/<demo>", "fingerprint": "f0", "parameters": 902016, "weights": "float32 on cpu"},
+        "checkpoint": {"path": "out/<demo>", "fingerprint": "f0", "parameters": 9, "weights": "int8", "device": "cpu"},
         "suite": "quick", "limit": 40, "made": "2026", "versions": "python", "training_files": [{"name": "t.json"}],
         "throughput": {"scoring_tokens_per_s": 10.0, "prefill_tokens_per_s": 11.0, "ratio": 0.909, "device": "a CPU"},
         "parts": [part], "left_out": [{"part": "poison", "why": "needs --diseases"}],
@@ -47,7 +47,7 @@ def results(**changed: Any) -> dict[str, Any]:
 def test_markdown_has_every_column() -> None:
     text = card.markdown(results())
     line = next(line for line in text.splitlines() if line.startswith("| medqa.labels.acc"))
-    for cell in ("50.0 %", "35.2 % to 64.8 %", "25.0 % (", "better than floor", "| 40 |", "8 (32 clean: 50.0 %)", "abc"):
+    for cell in ("50.0 %", "35.2 % to 64.8 %", "25.0 % (", "better than floor", "| 40 |", "8 (32 clean: 50.0 %)"):
         assert cell in line, cell
     assert "Of 2 figures that have a floor to beat: 2 better than floor" in text
     assert "| answers.stopped | 100.0 % |" in text
