@@ -51,10 +51,17 @@ class Examinee(Protocol):
         ...
 
 
-def chat_prompt(examinee: Examinee, question: str, room: int) -> list[int]:
+def opened(examinee: Examinee, dialogue: Dialogue) -> Dialogue:
+    """With the checkpoint's own instruction in front, as in a chat, where the dialogue brings none."""
+    if dialogue.messages[0].role == "system":
+        return dialogue
+    return Dialogue((*examinee.chat_format.opening(), *dialogue.messages))
+
+
+def chat_prompt(examinee: Examinee, asked: str | Dialogue, room: int) -> list[int]:
     """Ids of a question in the model's own prompt format, cut from the left to leave `room` tokens."""
-    dialogue = Dialogue((*examinee.chat_format.opening(), Message("user", question)))
-    ids = render(dialogue, examinee.chat_format, examinee.tokenizer)[0]
+    dialogue = Dialogue((Message("user", asked),)) if isinstance(asked, str) else asked
+    ids = render(opened(examinee, dialogue), examinee.chat_format, examinee.tokenizer)[0]
     return cut(ids, max(2, examinee.max_len - room))[0]
 
 

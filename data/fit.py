@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from data.examinee import Examinee
+from data.examinee import Examinee, opened
 from data.figures import Figure, Scores, figure, transformed
 from data.held_out import HeldOut, Item
 from data.parts import Exposure, Outcome, Part
@@ -35,9 +35,9 @@ def part(held_out: HeldOut) -> Part:
 
 
 def _fit(examinee: Examinee, items: Sequence[Item], exposure: Exposure, protocol: str) -> Outcome:
-    documents = [render(_opened(examinee, i.dialogue), examinee.chat_format, examinee.tokenizer) for i in items]
+    documents = [render(opened(examinee, i.dialogue), examinee.chat_format, examinee.tokenizer) for i in items]
     swapped = [
-        render(_opened(examinee, _asked_by(other.dialogue, i.dialogue)), examinee.chat_format, examinee.tokenizer)
+        render(opened(examinee, _asked_by(other.dialogue, i.dialogue)), examinee.chat_format, examinee.tokenizer)
         for i, other in zip(items, [*items[1:], *items[:1]], strict=True)
     ]
     fits = [
@@ -88,13 +88,6 @@ def _fit(examinee: Examinee, items: Sequence[Item], exposure: Exposure, protocol
     lost = len(items) - len(kept)
     notes = [f"{lost:,} of {len(items):,} dialogues do not fit the context and are left out"] if lost else []
     return Outcome([loss, perplexity, per_byte], rows, notes)
-
-
-def _opened(examinee: Examinee, dialogue: Dialogue) -> Dialogue:
-    """With the checkpoint's own instruction in front, as in a chat, where the dialogue brings none."""
-    if dialogue.messages[0].role == "system":
-        return dialogue
-    return Dialogue((*examinee.chat_format.opening(), *dialogue.messages))
 
 
 def _asked_by(other: Dialogue, dialogue: Dialogue) -> Dialogue:

@@ -64,7 +64,7 @@ def of_files(paths: Sequence[str | Path], knowledge: Knowledge) -> HeldOut:
     """
     items = []
     for path in paths:
-        for record in read_records(path):
+        for record in read_records(path, instruction=""):  # the checkpoint's own is put in front
             if not is_plain(record.dialogue):
                 items.append(_item(record.dialogue, knowledge))
     if not items:

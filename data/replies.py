@@ -22,6 +22,7 @@ from data.lexicon import KINDS
 from data.neighbours import Neighbours
 from data.parts import Exposure, Outcome, Part, evenly
 from data.similarity import Rescaled, chrf, greedy_matching, random_baseline, rouge_l
+from llama.chat import Dialogue
 
 MAX_NEW_TOKENS = 200
 CANDIDATES = 60  # references among which the constant sentence is chosen, and against which
@@ -58,7 +59,7 @@ class _Answers:
 
     def outcome(self, pairs: Sequence[tuple[str, str]], encoder: tuple[str, Encoder] | None) -> Outcome:
         room = min(MAX_NEW_TOKENS, self.examinee.max_len // 2)
-        prompts = [chat_prompt(self.examinee, i.question, room) for i in self.items]
+        prompts = [chat_prompt(self.examinee, Dialogue(i.dialogue.messages[:-1]), room) for i in self.items]
         replies = self.examinee.replies(prompts, room)
         answers = [r.text for r in replies]
         references = [i.answer for i in self.items]

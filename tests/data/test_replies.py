@@ -11,7 +11,7 @@ from data import held_out, replies
 from data.held_out import HeldOut, Item
 from data.knowledge import Fact, Knowledge
 from data.parts import Exposure
-from llama.chat import Dialogue, Message
+from llama.chat import ChatFormat, Dialogue, Message
 
 FLU = Fact("flu", "flu", ("influenza",), ("fever",), ("a swab",), ("rest",))
 ANGINA = Fact("angina", "angina", (), ("chest pain",), ("an ECG",), ("aspirin",))
@@ -74,3 +74,14 @@ def test_files_become_items(tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text("plain text")
     with pytest.raises(ValueError, match="no dialogue to ask"):
         held_out.of_files([tmp_path / "t.txt"], KNOWLEDGE)
+
+
+def test_a_record_is_asked_with_its_own_instruction_or_the_checkpoint_s(oracle: object, tmp_path: Path) -> None:
+    oracle.chat_format = ChatFormat("dialogue", "You are a doctor.")  # type: ignore[attr-defined]
+    oracle.answer = lambda prompt: prompt  # type: ignore[attr-defined]
+    file = tmp_path / "h.json"
+    file.write_text(
+        json.dumps([{"input": "fever", "output": "a"}, {"instruction": "Rest in", "input": "cough", "output": "b"}])
+    )
+    items = replies.part(held_out.of_files([file], KNOWLEDGE), KNOWLEDGE, lambda: []).run(oracle, Exposure()).items  # type: ignore[arg-type]
+    assert [i["answer"].partition("\n")[0] for i in items] == ["You are a doctor.", "Rest in"]
