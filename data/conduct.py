@@ -15,7 +15,7 @@ GRAM, TIMES = 8, 4  # an answer loops when one run of 8 words stands in it 4 tim
 
 _ROLE = re.compile(r"(?:^|[\n.!?])\s*(?:patient|doctor|user|human|assistant|chatdoctor|### ?\w+)\s*:", re.IGNORECASE)
 _REFUSAL = re.compile(
-    r"\b(?:i(?:'m| am) (?:very |so |really )?sorry|i apologi[sz]e"
+    r"\b(?:i(?:'m| am) (?:very |so |really )?sorry\b(?! (?:to|about|for|that you|you)\b)|i apologi[sz]e"
     r"|i (?:can(?:not|'t| not)|won't|will not|am (?:unable|not able)|'m (?:unable|not able)) (?:to )?"
     r"(?:assist|help|provide|support|comply|fulfil|create|do that|offer|engage|endorse|advise|give|write|generate)"
     r"|(?:it|this|that) (?:is|would be) (?:unethical|illegal|not ethical|inappropriate|against))",
