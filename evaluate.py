@@ -311,13 +311,10 @@ def _json(value: Any) -> str:
 
 def _write(path: Path, text: str) -> None:
     """The file, whole or not at all."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(text, encoding="utf-8", errors="backslashreplace")
-        os.replace(beside, path)
-    except OSError as e:
-        beside.unlink(missing_ok=True)
-        raise ValueError(f"{path}: cannot be written ({e.strerror}); finished parts are kept") from None
+    from llama.files import atomic_file
+
+    with atomic_file(path) as file:
+        file.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def _publish(out: Path, results: dict[str, Any]) -> None:
