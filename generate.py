@@ -108,7 +108,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if args.prompt is None and args.input is None and (args.raw or args.json):
         p.error(f"{'--raw' if args.raw else '--json'} needs --prompt or --input")
     if args.raw and args.patient is not None:
-        p.error("--raw passes the text as it is: without it --patient has a place")
+        p.error("--raw passes the text as it is: --patient has no place in it")
     if args.speculate and args.draft is not None:
         p.error("--speculate and --draft exclude each other")
     if args.input is not None and (args.speculate == "lookup" or args.draft is not None):
@@ -299,8 +299,9 @@ def answer_one(doctor: Doctor, args: argparse.Namespace) -> None:
         for piece in answer.stream(doctor.model, doctor.context(), drafter=doctor.drafter):
             if not args.json:
                 screen.write(piece)
-    finally:  # also after Ctrl-C, which under torchrun is a SystemExit
-        after = doctor.after(dialogue, answer.text) if dialogue else []
+    finally:  # also after Ctrl-C, which under torchrun ends the ranks where they stand: none asks the others then
+        asked = dialogue if answer.finish_reason or doctor.ranks == 1 else None
+        after = doctor.after(asked, answer.text) if asked else []
         if args.json:
             print(_line({**_notices(doctor, before, after), **answer.to_json()}), flush=True)
         else:

@@ -31,7 +31,7 @@ _DENY = _words(
 # Not denials, though they hold a word of denial: "no relief", "not only", "has not gone away".
 _NO_DENIAL = _words(
     "relief better improvement improving improve sure only just doubt idea change changed helping help helped matter "
-    "certain know think stop stopping stopped going gone go able responding settle settling working longer"
+    "certain know think stop stopping stopped going gone go able responding settle settling working"
 )
 # "not" and its kin deny a whole list only with these ("do not have fever, cough or pain"), else the next words.
 _HAVE = _words(
@@ -48,13 +48,14 @@ _AFRESH = _words(
 # A clause that is about the past or about someone else, unless something in it is of now.
 _PAST = re.compile(
     r"\b(?:last year|years? ago|decades? ago|months ago|in (?:19|20)\d\d|in the past|as a (?:child|kid|teenager|baby)|"
-    r"when (?:i|he|she) was (?:a |young|little|\d)|in childhood|used to|previously|long ago|once had|already treated|"
+    r"when (?:i|he|she) was (?:a |young|little|\d|\w+ years|five|six|seven|eight|nine|ten|\w+teen|twelve|twenty)|"
+    r"in childhood|used to|previously|long ago|once had|already treated|"
     r"recovered from|fully recovered)\b"
 )
 _RELATIVE = re.compile(
     r"\b(?:(?:father|mother|dad|mum|mom|brother|sister|uncle|aunt|grand\w+|cousin|friend|neighbou?r|colleague|coworker|"
     r"boss|teacher|actor|singer)s?\b.*\b(?:had|died|suffered|passed|survived|committed|lost)|"
-    r"family history|in (?:my|the|our) family|runs in)\b"
+    r"my (?:dog|cat|horse|puppy|kitten) (?:is|was|has|had|got)|family history|in (?:my|the|our) family|runs in)\b"
 )
 _NOW = re.compile(
     r"\b(?:now|today|tonight|still|again|currently|this (?:morning|afternoon|evening|week)|just|suddenly|minutes?|"
@@ -68,25 +69,30 @@ _ASKS = re.compile(
 _SOMEONE = re.compile(
     r"\b(?:i|im|ive|id|my|me|mine|he|hes|him|his|she|shes|her|we|our|us|son|daughter|baby|wife|husband|child|patient)\b"
 )
-# What comes behind these is past or only supposed, up to the clause's end ...
-_FORWARD = re.compile(
+# What comes behind these does not count: the past, up to a new subject or verb ...
+_HISTORY = re.compile(
     r"(?<!day )(?<!days )(?<!week )(?<!weeks )(?<!hour )(?<!hours )(?<!month )(?<!months )\bhistory "
-    r"(?:of|includes|is significant for)\b|\bdiagnosed (?:with|as)\b|\b(?:previous|prior|past)\b|"
+    r"(?:of|includes|is significant for)\b|\bdiagnosed (?:with|as)\b|\b(?:previous|prior|past)\b"
+)
+_RENEWED = re.compile(r"\b(?:presents?|presenting|comes|complains|complaining|who|developed|is|has|had|started)\b")
+# ... what is only supposed or feared, up to the clause's end ...
+_SUPPOSED = re.compile(
     r"\bif (?:i|he|she|we)(?: ever| should)? (?:get|got|had|have|has|were|develop|take|took)\b|"
     r"\bif (?:someone|somebody|anyone|you|one|a person|people)\b|\bwhat if\b|\bin case (?:of|i|he|she)\b|"
-    r"\b(?:afraid|scared|fear|"
-    r"risks?|chances?|dangers?) of\b|\b(?:prevent|prevents|preventing|prevention|avoid|avoiding|screened|screening|vaccine|"
-    r"vaccinated|vaccination|insurance)\b|\b(?:read|book|article|film|movie|exam|essay|homework|lecture|course|"
+    r"\b(?:afraid|scared|fear|risks?|chances?|dangers?) of\b|"
+    r"\b(?:prevent|prevents|preventing|prevention|avoid|avoiding|screened|screening|vaccine|vaccinated|"
+    r"vaccination|insurance)\b|\b(?:read|book|article|film|movie|exam|essay|homework|lecture|course|"
     r"dream|dreamt|dreamed|documentary|programme)\b(?: \w+)? ?(?:about|on|of)\b|\bdifference between\b|"
     r"\b(?:ruled|rule|ruling) out\b|\b(?:worried|worry|anxious) about (?:getting|having|losing|ever)\b"
 )
-_FORWARD_BRIEFLY = re.compile(r"\b(?:instead of|rather than|allerg(?:ic|y) to)\b")  # ... up to a comma
+# ... or what is left out, up to a comma.
+_SPARED = re.compile(r"\b(?:instead of|rather than|allerg(?:ic|y) to)\b")
+# In a question these hold back what follows, and elsewhere where the patient has not claimed to have it.
 _ABOUT = re.compile(r"\b(?:signs?|symptoms?|causes?|treatment|cure|complications?) (?:of|for)\b")
 _CAUSES = re.compile(
     r"\b(?:cause|causes|causing|lead to|leads to|result in|trigger|bring on)\b(?! (?:my|his|her|this))"
 )
 _OWN = re.compile(r"\b(?:i|im|ive|he|hes|she|shes|having|have|has|got)\b")
-_RENEWED = re.compile(r"\b(?:presents?|presenting|comes|complains|complaining|who|developed|is|has|had|started)\b")
 # Behind a phrase: it is gone, or not to be.
 _GONE = re.compile(
     r"^(?:\w+ ){0,2}?(?:(?:is|are|was|were|has|have|had|should|must|be|now|been|all|completely|totally) )*(?:absent|"
@@ -116,8 +122,9 @@ class _Sentence:
 
 
 def plain(text: str) -> str:
-    """Lower case, apostrophes taken out, hyphens and slashes made spaces, and measurements in words."""
+    """Lower case, no apostrophes, hyphens and slashes as spaces, "could not" as "cannot", measurements in words."""
     text = text.lower().replace("\u2019", "'").replace("'", "").replace("\u2013", "-")
+    text = re.sub(r"\b(?:can not|could not|couldnt|can no longer)\b", "cannot", text)
     return measured(re.sub(r"(?<=[a-z\d])[-/](?=[a-z])|(?<=[a-z])[-/](?=\d)|[_*\"()\[\]]", " ", text))
 
 
@@ -151,7 +158,7 @@ def _add(sentence: _Sentence, clause: str, asked: bool) -> None:
             _border(sentence)
             continue
         at = m.start()
-        counts = not (not_now or is_denied or any(a <= at < b and not _RENEWED.search(clause[a:at]) for a, b in quiet))
+        counts = not (not_now or is_denied or any(a <= at < b for a, b in quiet))
         sentence.words.append(m.group())
         sentence.counts.append(counts and not no_one)
         sentence.counts_asked.append(counts)
@@ -161,12 +168,17 @@ def _add(sentence: _Sentence, clause: str, asked: bool) -> None:
 
 def _quiet(clause: str, question: bool) -> list[tuple[int, int]]:
     """The parts of a clause that are past, supposed or asked about."""
-    ends = [m.end() for m in _FORWARD.finditer(clause)]
-    ends += [m.end() for m in _ABOUT.finditer(clause) if question or not _OWN.search(clause[: m.start()])]
-    ends += [m.end() for m in _CAUSES.finditer(clause)] if question else []
-    brief = [m.end() for m in _FORWARD_BRIEFLY.finditer(clause)]
-    commas = [comma if (comma := clause.find(",", end)) >= 0 else len(clause) for end in brief]
-    return [*((end, len(clause)) for end in ends), *zip(brief, commas, strict=True)]
+    end = len(clause)
+    spans = [(m.end(), end) for m in _SUPPOSED.finditer(clause)]
+    spans += [(m.end(), end) for m in _ABOUT.finditer(clause) if question or not _OWN.search(clause[: m.start()])]
+    spans += [(m.end(), end) for m in _CAUSES.finditer(clause) if question]
+    for m in _HISTORY.finditer(clause):
+        renewed = _RENEWED.search(clause, m.end())
+        spans.append((m.end(), renewed.start() if renewed else end))
+    for m in _SPARED.finditer(clause):
+        comma = clause.find(",", m.end())
+        spans.append((m.end(), comma if comma >= 0 else end))
+    return spans
 
 
 def _border(sentence: _Sentence) -> None:
@@ -186,7 +198,7 @@ def _denied(words: list[str]) -> list[bool]:
             scope = whole and not _AFRESH.intersection(ahead)
         denied.append(scope)
         follows = next((w for w in words[i + 1 : i + 3] if w not in _FILLERS), "")
-        if word in _DENY and follows not in _NO_DENIAL:
+        if word in _DENY and (follows not in _NO_DENIAL or word in ("denies", "denied", "deny", "denying")):
             scope, whole = True, word in _LISTING or bool(_HAVE.intersection(words[i + 1 : i + 4]))
     return denied
 
@@ -217,7 +229,7 @@ def phrase(name: str, text: str) -> Phrase:
             o.endswith("*") and len(o) < 4 for o in options
         ):
             raise ValueError(f"{part!r} in {text!r} is not words between slashes; a * needs three letters before it")
-        if set(options) & _FILLERS:
+        if set(options) <= _FILLERS:
             continue
         elements.append((tuple(o for o in options if o[-1] != "*"), tuple(o[:-1] for o in options if o[-1] == "*")))
     if not elements or not any(elements[0]) or not any(elements[-1]):

@@ -11,16 +11,19 @@ from dataclasses import dataclass
 
 from data.mentions import plain
 
-_NUMBER_WORDS = (
-    "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen"
-).split()
-_TENS = {w: 10 * i for i, w in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)}
-_VALUES: Mapping[str, int] = {**{w: i for i, w in enumerate(_NUMBER_WORDS, 1)}, **_TENS, "a": 1}
+_NUMBERS = (
+    "a=1 one=1 two=2 three=3 four=4 five=5 six=6 seven=7 eight=8 nine=9 ten=10 eleven=11 twelve=12 thirteen=13 "
+    "fourteen=14 fifteen=15 sixteen=16 seventeen=17 eighteen=18 nineteen=19 twenty=20 thirty=30 forty=40 fifty=50 "
+    "sixty=60 seventy=70 eighty=80 ninety=90"
+)
+_VALUES: Mapping[str, int] = {word: int(value) for word, value in re.findall(r"(\w+)=(\d+)", _NUMBERS)}
 _YEARS = {"y": 1.0, "mo": 1 / 12, "w": 7 / 365.25, "d": 1 / 365.25, "h": 1 / 8766}  # by how a unit begins
 _OLD = re.compile(
     rf"\b(\d{{1,3}}|{'|'.join(_VALUES)}) ?(years?|yrs?|y|months?|mo|weeks?|wks?|days?|hours?) ?"
     r"(?:of age|o|old|boy|girl|man|woman|male|female)\b"
+)
+_OF = re.compile(
+    r"\b(?:baby|boy|girl|son|daughter|child|kid) (?:of|is|aged) (\d{1,2}) ?(years?|months?|weeks?|days?)\b"
 )
 _AGED = re.compile(
     r"\b(?:aged?|i am|im|hes|shes|he is|she is)(?: of| is|:)? (\d{1,3})\b"
@@ -61,7 +64,7 @@ class Person:
     weeks: int | None = None  # of the pregnancy
 
     def or_else(self, other: Person) -> Person:
-        """What is unknown here, as the other has it: the card of someone else is none of a child that is asked about."""
+        """What is unknown here, as the other has it, unless the ages show another person, such as a child."""
         if self.ages and other.ages and min(abs(a - b) for a in self.ages for b in other.ages) > 1:
             return self
         pregnant = other.pregnant if self.pregnant is None else self.pregnant
@@ -76,7 +79,9 @@ class Person:
 def person_of(text: str) -> Person:
     """What a text says of its patient."""
     text = plain(text)
-    ages = [_number(m[1]) * _YEARS[m[2][:2] if m[2][0] == "m" else m[2][0]] for m in _OLD.finditer(text)]
+    ages = [
+        _number(m[1]) * _YEARS[m[2][:2] if m[2][0] == "m" else m[2][0]] for p in (_OLD, _OF) for m in p.finditer(text)
+    ]
     ages += [float(m[1]) for m in _AGED.finditer(text) if 0 < int(m[1]) < 120]
     ages += [float(next(g for g in m.groups() if g)) for m in _SHORT.finditer(text)]
     ages = ages or [age for stage, age in _STAGES if stage.search(text)]

@@ -1,8 +1,8 @@
-"""Triage: how urgent is what a patient says, by rules that a clinician can read (data/rules/), before any model answers.
+"""Triage: how urgent is what a patient says, by rules that a clinician can read (data/rules/), before a model answers.
 
-generate.py and servers put a Triage beside the model (llama/attendant.py). Three levels: emergency, doctor, self-care; no
-rule, no notice. Knows findings and people, never the model. Standard library only. A rule list is no triage nurse, and
-no clinician has reviewed this one.
+generate.py and servers put a Triage beside the model (llama/attendant.py). Three levels: emergency, doctor, self-care;
+no rule, no notice. Knows findings and people, never the model. Standard library only. A rule list is no triage nurse,
+and no clinician has reviewed this one.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ RULES = Path(__file__).parent / "rules"
 LEVELS = ("emergency", "doctor", "self-care")  # most urgent first
 
 _SAID = {
-    "emergency": "EMERGENCY (rule {id}). {notice} Call your local emergency number now (112 in the European Union, 999 in "
-    "the United Kingdom, 911 in the United States and Canada) or go to an emergency department. Do not wait for an "
+    "emergency": "EMERGENCY (rule {id}). {notice} Call your local emergency number now (112 in the European Union, 999 "
+    "in the United Kingdom, 911 in the United States and Canada) or go to an emergency department. Do not wait for an "
     "answer here.",
     "doctor": "See a doctor (rule {id}). {notice}",
     "self-care": "Self-care (rule {id}). {notice} See a doctor if it gets worse or does not pass.",
@@ -80,14 +80,14 @@ class Triage(Attendant):
         return [rule for rule in self.rules if rule.applies(findings, person)]
 
     def before(self, dialogue: Dialogue) -> str | None:
-        """The first rule's notice, unless what was said before the last question set that rule off already."""
+        """The first rule's notice. In a longer dialogue what is said adds up, and only what the last question sets off
+        is said, if nothing more urgent was said before."""
         said = [m.content for m in dialogue.messages if m.role == "user"]
         fired = self.fired("\n\n".join(said))
-        if not fired:
-            return None
-        if len(said) > 1 and fired[0] not in self.fired(said[-1]) and fired[0] in self.fired("\n\n".join(said[:-1])):
-            return None
-        return fired[0].said()
+        if len(said) > 1:
+            known, last = self.fired("\n\n".join(said[:-1])), self.fired(said[-1])
+            fired = [r for r in fired if r.level == fired[0].level and (r in last or r not in known)]
+        return fired[0].said() if fired else None
 
 
 @cache

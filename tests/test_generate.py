@@ -90,7 +90,10 @@ def test_json_is_one_object(generate: Generate, small_tokenizer: Tokenizer) -> N
     answer = json.loads(out)
     assert code == 0
     assert out.count("\n") == 1
+    assert (answer["before"], answer["after"]) == ([], [])
     assert list(answer) == [
+        "before",
+        "after",
         "text",
         "token_ids",
         "prompt_tokens",
@@ -230,6 +233,9 @@ def test_verbose_says_which_kernels_run(generate: Generate) -> None:
         (["--prompt", "x", "--offload", "0"], "--offload is 0; it must be a number of blocks"),
         (["--prompt", "x", "--offload", "all"], "--offload is all; it must be a number of blocks"),
         (["--on_overflow", "shrink"], "--on_overflow"),
+        (["--prompt", "x", "--triage", "maybe"], "--triage"),
+        (["--prompt", "x", "--raw", "--patient", "c.json"], "--raw passes the text as it is"),
+        (["--prompt", "x", "--patient", "nowhere.json"], "nowhere.json: cannot be read"),
     ],
 )
 def test_mistakes_get_one_line_and_exit_2(generate: Generate, argv: list[str], says: str) -> None:
@@ -256,6 +262,69 @@ def test_a_damaged_checkpoint_is_one_line(generate: Generate, folder: Path, tmp_
     assert code == 2
     assert "model.safetensors" in err
     assert err.count("\n") == 1
+
+
+# --- triage and the patient card ---
+
+EMERGENCY = "fever, stiff neck and light hurts my eyes"
+
+
+def test_an_emergency_is_said_before_the_answer(generate: Generate, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flushed before the model runs, on stdout; with --json on stderr at once, and in the object."""
+    from llama.generation import Answer
+
+    seen: list[str] = []
+    stream = Answer.stream
+
+    def watched(self: Answer, *args: Any, **named: Any) -> Any:
+        seen.append(sys.stdout.getvalue() + sys.stderr.getvalue())  # type: ignore[union-attr]
+        return stream(self, *args, **named)
+
+    monkeypatch.setattr(Answer, "stream", watched)
+    for flags in ([], ["--json"]):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", io.StringIO())
+            patch.setattr(sys, "stderr", io.StringIO())
+            generate("--prompt", EMERGENCY, "--max_new_tokens", "4", *flags)
+            out, err = sys.stdout.getvalue(), sys.stderr.getvalue()  # type: ignore[union-attr]
+        assert seen.pop().startswith("EMERGENCY (rule meningitis). ")
+        assert (err if flags else out).startswith("EMERGENCY (rule meningitis). ")
+    (said,) = json.loads(out)["before"]
+    assert err == said + "\n"
+    for flags in (["--triage", "off"], ["--raw"]):
+        assert "EMERGENCY" not in generate("--prompt", EMERGENCY, "--max_new_tokens", "4", *flags)[1]
+
+
+def test_a_file_has_the_notices_of_each_line(generate: Generate, tmp_path: Path) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    records = [{"prompt": EMERGENCY}, {"prompt": "head"}, {"prompt": f"{EMERGENCY} {'pain ' * 300}"}, {"prompt": 3}]
+    source.write_text("\n".join(json.dumps(r) for r in records))
+    generate("--input", str(source), "--output", str(target), "--max_new_tokens", "4")
+    first, second, too_long, broken = lines_of(target)
+    assert first["before"][0].startswith("EMERGENCY (rule meningitis)")
+    assert (second["before"], second["after"]) == ([], [])
+    assert too_long["before"] == first["before"]
+    assert "tokens long" in too_long["error"]
+    assert list(broken) == ["line", "record", "error"]
+
+
+def test_the_card_is_kept_and_an_allergy_flagged(generate: Generate, tmp_path: Path) -> None:
+    card, saved = tmp_path / "card.json", tmp_path / "chat.json"
+    lines = ["/patient", "/patient age 34", "/patient allergies + pain", "/patient age old", "I have pain", "/help"]
+    stdin = "\n".join([*lines, f"/save {saved}"]).encode()
+    code, out, err = generate("--patient", str(card), "--max_new_tokens", "60", "--seed", "1", stdin=stdin)
+    assert code == 0
+    assert "The card is empty" in err
+    assert "About the patient: 34 years old; allergies: pain." in err
+    assert "error: age is 'old'" not in err
+    assert "/patient: age is 'old'" in err
+    assert "/patient erase" in err
+    assert "pain (your card: allergy to pain)" in out
+    assert json.loads(card.read_text()) == {"age": 34, "allergies": ["pain"]}
+    assert card.stat().st_mode & 0o777 == 0o600
+    assert "34" not in saved.read_text()
+    assert generate("--patient", str(card), stdin=b"/patient erase\n")[0] == 0
+    assert not card.exists()
 
 
 # --- files ---
@@ -419,7 +488,7 @@ def test_commands(generate: Generate, tmp_path: Path) -> None:
     save = f"/save {path}"
     lines = [save, "/retry", "I cough", save, save, "/save", "/save no/where/x", "/stats", "/nope", "/help", "/quit"]
     stdin = "\n".join([*lines, "never asked"]).encode()
-    code, out, err = generate("--max_new_tokens", "5", "--temperature", "0", stdin=stdin)
+    code, out, err = generate("--max_new_tokens", "5", "--temperature", "0", "--triage", "off", stdin=stdin)
     assert code == 0
     assert "nothing to save yet" in err
     assert "no question yet" in err
@@ -447,7 +516,7 @@ def test_saved_dialogues_are_training_data(generate: Generate, tmp_path: Path) -
 
 
 def test_retry_and_reset(generate: Generate) -> None:
-    flags = ["--max_new_tokens", "12", "--temperature", "1", "--seed", "1"]
+    flags = ["--max_new_tokens", "12", "--temperature", "1", "--seed", "1", "--triage", "off"]
     _, out, _ = generate(*flags, stdin=b"I cough\n/retry\n/reset\nI cough\n/stats\n")
     first, again, fresh = out.removesuffix("\n").split("\n")
     assert first != again != fresh
@@ -572,6 +641,28 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_ends_the_chat(tmp_path: Path, small_
     if history.exists():  # a Python without readline keeps none
         assert "I cough" in history.read_text()
         assert history.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_on_a_terminal_the_notice_comes_first_and_the_card_leaves_no_trace(folder: Path, tmp_path: Path) -> None:
+    card = tmp_path / "card.json"
+    terminal = Terminal(["--checkpoint", str(folder), "--patient", str(card), "--seed", "1"], tmp_path / "state")
+    try:
+        terminal.until("You: ")
+        terminal.send("/patient allergies + penicillin\n")
+        terminal.until("allergies: penicillin.")
+        terminal.until("You: ")
+        terminal.send(f"{EMERGENCY}\n")
+        assert "EMERGENCY (rule meningitis)" in terminal.until("Doctor: ")
+        terminal.until("You: ")
+        terminal.send("\x04")
+        assert terminal.child.wait(30) == 0
+    finally:
+        terminal.close()
+    history = tmp_path / "state/chatdoctor/history"
+    if history.exists():
+        assert EMERGENCY in history.read_text()
+        assert "penicillin" not in history.read_text()
 
 
 # --- as a process ---

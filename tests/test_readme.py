@@ -153,6 +153,26 @@ def test_what_saving_costs_is_measured() -> None:
     assert f"{shares[0]:.1f} % in the background, {shares[1]:.1f} % in the foreground" in README
 
 
+def test_what_triage_finds_is_measured() -> None:
+    r = json.loads((ROOT / "bench/results/triage_cpu.json").read_text())["results"]
+    vignettes, everyday = r["vignettes"], r["everyday_language"]
+    for rows in (
+        (vignettes, vignettes["keywords"]),
+        (everyday, {name: figures["keywords"] for name, figures in everyday.items()}),
+    ):
+        ours, words = (
+            f"{x['emergency_recall']['hits']} of {x['emergency_recall']['n']} emergencies, "
+            f"{x['false_alarms']['hits']} of {x['false_alarms']['n']} false alarms"
+            for x in rows
+        )
+        assert f"| {ours}; plain keywords {words} |" in README
+    low, high = vignettes["emergency_recall"]["interval"]
+    assert f"95 % interval of the recall {low:.2f} to {high:.2f}".replace(" 0.", " .") in README
+    assert f"flags {r['chatdoctor5k_flagged']['all']['share'] * 100:.1f} % of ChatDoctor's 5k questions" in README
+    assert f"takes {r['speed']['median_ms']:.1f} ms a question" in README
+    assert f"{sum(r['rules'].values())} rules in plain words" in README
+
+
 def test_rows_of_the_table_name_their_own_bench_once() -> None:
     """A row that says "same" stands below the one whose command made it, and no figure stands there twice."""
     table = README.split("| what | measured |")[1].split("\n\n")[0].splitlines()[2:]
