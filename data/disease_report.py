@@ -14,6 +14,7 @@ from data.diseases import Database, build, open_database
 from llama.files import atomic_file
 
 _SHOWN = 60  # quarantined rows that are printed; --report and the database hold all
+_BEGINS = b'{\n "sources"'  # a report, which a later one may replace
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -26,6 +27,8 @@ def prepare(args: argparse.Namespace) -> None:
                 raise ValueError(f"{out}: is a source; write to another place, originals are never overwritten")
     if len(written) == 2 and written[0].resolve() == written[1].resolve():
         raise ValueError(f"{args.report}: is the database; give the report another name")
+    if args.report and Path(args.report).exists() and not Path(args.report).read_bytes().startswith(_BEGINS):
+        raise ValueError(f"{args.report}: exists and is no report; choose another name")
     sources = [read_source(p) for p in tqdm(paths, desc="reading", unit=" sources", disable=None)]
     with tqdm(total=sum(len(s.rows) for s in sources), desc="indexing", unit=" rows", disable=None) as bar:
         build(sources, args.out, bar.update)

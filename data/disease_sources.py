@@ -129,7 +129,7 @@ def _read_csv(path: Path) -> Source:
         raise ValueError(f"{path}:{reader.line_num}: broken CSV ({e}); is a quote missing above?") from None
     if not rows:
         raise ValueError(f"{path}: has a header and no rows")
-    return Source(path.stem, DISEASE, path.name, hashlib.sha256(data).hexdigest(), rows)
+    return Source(mend(path.stem), DISEASE, mend(path.name), hashlib.sha256(data).hexdigest(), rows)
 
 
 def _records(reader: Iterator[list[str]]) -> Iterator[list[str]]:
@@ -171,7 +171,7 @@ def _csv_row(record: list[str], line: int, number: int, columns: dict[str, int])
             except ValueError as e:
                 faults.append(f"{_COLUMNS[key][0]}: {e}")
     fault = f"line {line}: {'; '.join(faults)}" if faults else ""
-    place = field("place").strip() or str(number)
+    place = mend(field("place")) or str(number)
     return Row(place, line, name, text=mend(field("text")), fault=fault, **lists)
 
 
@@ -189,12 +189,15 @@ def parse_list(text: str) -> tuple[str, ...]:
 
 
 def mend(text: str) -> str:
-    r"""A text with the escapes undone that repr() of bytes left in it (\xc3\xa9, \', \n), and its spaces collapsed."""
+    r"""A text with the escapes undone that repr() of bytes left in it (\xc3\xa9, \', \n), and its spaces collapsed.
+
+    Half characters (lone surrogates, which JSON's escapes can make) go: no file can hold them.
+    """
     if "\\" in text:
         text = _BYTES.sub(lambda m: bytes.fromhex(m[0].replace("\\x", "")).decode("utf-8", "ignore"), text)
         text = re.sub(r"\\[nrt]", " ", text)
         text = re.sub(r"\\+(['\"])", r"\1", text)
-    return " ".join(text.replace("\0", " ").split())
+    return " ".join(text.encode("utf-8", "ignore").decode().replace("\0", " ").split())
 
 
 # --- passages -------------------------------------------------------------------------------------
@@ -204,7 +207,7 @@ def _read_passages(path: Path) -> Source:
     rows = tuple(_passage(item) for item in read_items(path))
     if not rows:
         raise ValueError(f"{path}: holds no records")
-    return Source(path.stem, PASSAGE, path.name, hashlib.sha256(_read(path)).hexdigest(), rows)
+    return Source(mend(path.stem), PASSAGE, mend(path.name), hashlib.sha256(_read(path)).hexdigest(), rows)
 
 
 def _passage(item: Item) -> Row:
@@ -223,7 +226,9 @@ def _passage(item: Item) -> Row:
             faults.append(f"the url is {_short(url)}")
     text = "\n".join(filter(None, (question, answer)))
     fault = f"line {item.line}: {'; '.join(faults)}" if faults else ""
-    return Row(texts.get("id") or str(item.index), item.line, focus or question, text=text, url=url, fault=fault)
+    return Row(
+        mend(texts.get("id", "")) or str(item.index), item.line, focus or question, text=text, url=url, fault=fault
+    )
 
 
 def _read(path: Path) -> bytes:

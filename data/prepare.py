@@ -2,7 +2,8 @@
 
     python -m data.prepare diseases sample format_dataset.csv medquad.jsonl diseases.db
 
-One function a command, which imports what it needs when it is called. Exit code 2 and one line for anything wrong.
+A command is a pair of functions: its arguments, and what it does, which imports what it needs when it is called. Exit
+code 2 and one line for anything wrong.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def _run(argv: list[str]) -> int:
             print((__doc__ or "").strip())
             return 0
         raise ValueError(f"{argv[0] if argv else 'no command'}: give one of {', '.join(COMMANDS)}")
-    COMMANDS[argv[0]](argv[1:])
+    arguments, run = COMMANDS[argv[0]]
+    run(arguments(argv[1:]))
     return 0
 
 
@@ -42,14 +44,11 @@ def _fail(message: str) -> int:
     return 2
 
 
-def diseases(argv: list[str]) -> None:
-    """Tables and passages -> a disease database."""
-    from data import disease_report
-
-    disease_report.prepare(_diseases_arguments(argv))
+# --- diseases -------------------------------------------------------------------------------------
 
 
-def _diseases_arguments(argv: list[str]) -> argparse.Namespace:
+def diseases_arguments(argv: list[str]) -> argparse.Namespace:
+    """The command line after `diseases`."""
     p = Parser("python -m data.prepare diseases", "Build the disease database.")
     about = "'sample' (the built-in table), a folder like it, ChatDoctor's .csv table, MedQuAD's .jsonl passages"
     p.add_argument("sources", nargs="+", metavar="SRC", help=about)
@@ -58,7 +57,15 @@ def _diseases_arguments(argv: list[str]) -> argparse.Namespace:
     return p.parse_args(argv)
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"diseases": diseases}
+def diseases(args: argparse.Namespace) -> None:
+    """Tables and passages -> a disease database."""
+    from data import disease_report
+
+    disease_report.prepare(args)
+
+
+Command = tuple[Callable[[list[str]], argparse.Namespace], Callable[[argparse.Namespace], None]]
+COMMANDS: dict[str, Command] = {"diseases": (diseases_arguments, diseases)}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -146,6 +146,7 @@ def first_sentence(text: str) -> str:
 # --- triage ---------------------------------------------------------------------------------------
 
 LEVELS = {"em": "emergency", "ne": "doctor", "sc": "self-care"}
+LOOKED_AT = "the rules were mended while looking at vignettes of this set (docs/log.md): their figures are not held out"
 _KEYWORDS = re.compile(
     r"chest pain|short(?:ness)? of breath|difficulty breathing|unconscious|seizure|severe bleeding|stiff neck|overdose"
     r"|worst headache|paraly[sz]|slurred speech|suicid|anaphyla|severe abdominal pain",
@@ -251,7 +252,7 @@ def _triage(
         {"level": t, "rules": a, "model": b, "reply": r.text}
         for t, a, b, r in zip(true, ruled, urged, replies, strict=True)
     ]
-    return Outcome(figures, rows)
+    return Outcome(figures, rows, [LOOKED_AT])
 
 
 def _under(true: str, said: str) -> bool:

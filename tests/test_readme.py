@@ -13,6 +13,7 @@ import pytest
 import convert_weights
 import evaluate
 import generate
+from data import prepare
 from data.suite import PARTS
 from llama.arguments import parse
 from llama.config import PRESETS
@@ -29,6 +30,10 @@ def test_commands_parse(command: str) -> None:
     words = shlex.split(command)
     if words[0] == "make":
         assert words[1] in TARGETS
+        return
+    if words[:3] == ["python", "-m", "data.prepare"]:
+        arguments, _ = prepare.COMMANDS[words[3]]
+        arguments(words[4:])
         return
     script = next(i for i, w in enumerate(words) if w.endswith(".py"))
     assert words[0] in ("python", "torchrun")
@@ -171,6 +176,22 @@ def test_what_triage_finds_is_measured() -> None:
     assert f"flags {r['chatdoctor5k_flagged']['all']['share'] * 100:.1f} % of ChatDoctor's 5k questions" in README
     assert f"takes {r['speed']['median_ms']:.1f} ms a question" in README
     assert f"{sum(r['rules'].values())} rules in plain words" in README
+
+
+def test_what_the_database_finds_is_measured() -> None:
+    measured = json.loads((ROOT / "bench/results/retrieval_cpu.json").read_text())["results"]["format_dataset"]
+
+    def shares(figures: dict[str, list[float]]) -> str:
+        return " / ".join(f"{figures[f'top_{k}'][0]:.3f}" for k in (1, 5, 10))
+
+    triples, asked = measured["triples"], measured["questions"]["held_out"]
+    assert f"{shares(triples['by_symptoms'])} (IDF floor {shares(triples['floor: IDF of names'])})" in README
+    baselines = f"(BM25 {shares(asked['BM25, plain words'])}, stemmed {shares(asked['BM25, stemmed'])})"
+    assert f"| its search, {asked['search']['n']:,} held-out" in README
+    assert f"| {shares(asked['search'])} {baselines} |" in README
+    times = (measured["latency_ms"][kind] for kind in ("disease", "passage"))
+    p99 = list(zip(*((t["processor_p99"], t["clock_p99"]) for t in times), strict=True))
+    assert "{:.1f} / {:.1f} ms of a core, {:.1f} / {:.1f} ms by the clock".format(*p99[0], *p99[1]) in README
 
 
 def test_rows_of_the_table_name_their_own_bench_once() -> None:

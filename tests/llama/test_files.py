@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from llama import files
-from llama.files import COMMIT, MANIFEST, atomic_directory, looks_like, read_json, settle, stage, verify
+from llama.files import COMMIT, MANIFEST, atomic_directory, atomic_file, looks_like, read_json, settle, stage, verify
 
 
 def write(path: Path, **contents: str) -> None:
@@ -52,6 +52,26 @@ def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:
     verify(out)
     assert contents(out) == {"a.txt": "first"}
     assert sorted(os.listdir(out)) == ["a.txt", MANIFEST]
+
+
+def test_a_single_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "new folder" / "x.db"
+    for text in ("first", "second"):
+        with atomic_file(target) as file:
+            file.write_text(text)
+        assert target.read_text() == text
+
+    def write_and_fail() -> None:
+        with atomic_file(target) as file:
+            file.write_text("half")
+            raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        write_and_fail()
+    assert target.read_text() == "second"
+    assert [p.name for p in target.parent.iterdir()] == ["x.db"]
+    with pytest.raises(ValueError, match=r"x\.db/y: cannot be written"), atomic_file(target / "y"):
+        pass
 
 
 def test_a_new_generation_replaces_its_own_files_and_touches_no_other(tmp_path: Path) -> None:
