@@ -107,13 +107,19 @@ def _measure(
     parts: list[Part], out: Path, key: dict[str, Any], examinee: Examinee, trained_on: list[Source] | None
 ) -> list[dict[str, Any]]:
     """The parts' results, each kept as soon as it is there; those of an earlier run with the same key as they are."""
+    from tqdm import tqdm
+
     from data import suite
 
     stored = {p.name: kept for p in parts if (kept := _stored(out, p, key))}
     missing = [p for p in parts if p.name not in stored]
-    if missing:
-        _say("looking for the items in the training files" if trained_on else "no training files are named")
-    exposures = suite.exposures(missing, trained_on)
+    if missing and not trained_on:
+        _say("no training files are named: contamination is not counted")
+    sizes = [Path(s.name).stat().st_size for s in trained_on or () if s.readable and Path(s.name).is_file()]
+    with tqdm(
+        total=sum(sizes), desc="training files", unit="B", unit_scale=True, leave=False, disable=None, file=sys.stderr
+    ) as bar:
+        exposures = suite.exposures(missing, trained_on, bar.update)
     for number, part in enumerate(parts, 1):
         examinee.task = f"[{number}/{len(parts)}] {part.name}"
         if part.name in stored:

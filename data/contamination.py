@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
-
-from data.records import read_records
 
 WORDS, SHORTEST = 13, 8
 _WORD = re.compile(r"\w+")
@@ -46,13 +43,6 @@ def contaminated(
         for length, (runs, items_of) in wanted.items():
             found[items_of[np.isin(runs, _hashes(codes, length))]] = True
     return found.tolist()
-
-
-def training_texts(paths: Iterable[str | Path], on_bytes: Callable[[int], None] | None = None) -> Iterator[str]:
-    """Every message of the records in these files; records that train.py could not use are passed over."""
-    for path in paths:
-        for record in read_records(path, on_bad=lambda bad, raw: None, on_bytes=on_bytes):
-            yield from (m.content for m in record.dialogue.messages)
 
 
 _BORDER = 1  # a code that no word has: windows do not reach from one text into the next

@@ -117,8 +117,10 @@ def asked_for(suite: str) -> tuple[list[str], bool]:
     return list(dict.fromkeys(names)), True
 
 
-def exposures(parts: Sequence[Part], trained_on: Sequence[Source] | None) -> dict[str, Exposure]:
-    """What of each part stands in the training files, which are read once."""
+def exposures(
+    parts: Sequence[Part], trained_on: Sequence[Source] | None, on_bytes: Callable[[int], object] | None = None
+) -> dict[str, Exposure]:
+    """What of each part stands in the training files, which are read once; on_bytes hears how much of them."""
     if not trained_on or not any(s.readable for s in trained_on):
         return {p.name: Exposure() for p in parts}
     items: list[tuple[str, ...]] = []
@@ -126,7 +128,7 @@ def exposures(parts: Sequence[Part], trained_on: Sequence[Source] | None) -> dic
     for p in parts:
         items += [*p.texts, *p.names]
         shortest += [SHORTEST] * len(p.texts) + [1] * len(p.names)
-    texts = (m.content for d in dialogues(trained_on) for m in d.messages)
+    texts = (m.content for d in dialogues(trained_on, on_bytes) for m in d.messages)
     flags = iter(contaminated(items, texts, shortest))
     found = {}
     for p in parts:

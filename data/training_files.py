@@ -61,7 +61,7 @@ def _source(name: str, sha256: str, strict: bool) -> Source:
     return Source(name, found, "read")
 
 
-def dialogues(sources: Sequence[Source], on_bytes: Callable[[int], None] | None = None) -> Iterator[Dialogue]:
+def dialogues(sources: Sequence[Source], on_bytes: Callable[[int], object] | None = None) -> Iterator[Dialogue]:
     """All dialogues of the readable ones; records that train.py could not use are passed over."""
     for source in sources:
         if source.name == BUILT_IN:
