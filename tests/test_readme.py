@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 import convert_weights
+import evaluate
 import generate
 from data import prepare
 from data.conditions import load_table
+from data.suite import PARTS
 from llama.arguments import parse
 from llama.config import PRESETS
 
@@ -46,6 +48,8 @@ def test_commands_parse(command: str) -> None:
         parse(flags, {})
     elif words[script] == "generate.py":
         generate.parse(flags)
+    elif words[script] == "evaluate.py":
+        evaluate.parse(flags)
     else:
         convert_weights.parse(flags)
 
@@ -96,6 +100,17 @@ def test_batches_are_measured() -> None:
     rows = [r for r in result("batch_cpu.json") if r["shape"] == "15m" and r["dtype"] in ("float32", "bfloat16")]
     alone, theirs = (" / ".join(f"{r[key]:.2f}x" for r in rows) for key in ("times_alone", "times_transformers"))
     assert f"| {alone} one at a time, {theirs} transformers' batches |" in README
+
+
+def test_scoring_is_measured() -> None:
+    r = next(r for r in result("evaluate_cpu.json") if r["shape"] == "110m")
+    ratios = " / ".join(f"{r[f'{kind}_to_prefill']:.2f}x" for kind in ("documents", "letters", "texts"))
+    assert f"| {ratios} the model's own batched prefill |" in README
+
+
+def test_every_part_of_an_evaluation_is_listed() -> None:
+    listed = README.split("| part | what |")[1].split("\n\n")[0]
+    assert set(re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in listed.splitlines()[2:]))) == PARTS.keys()
 
 
 def test_what_rounding_costs_is_measured() -> None:
