@@ -6,6 +6,7 @@ evaluate.py calls it. Knows ids, not text or scores. A model that was laid out f
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -29,24 +30,13 @@ def answer_losses(
     first id has nothing before it and must not be masked. ValueError for a document longer than the model's context.
     """
     losses: list[Tensor] = [torch.empty(0)] * len(documents)
-    device = model.embed.weight.device
     for numbers in _packs([len(ids) for ids, _ in documents], tokens_per_pass, model.config.max_seq_len):
-        ids: list[int] = []
-        targets: list[int] = []
-        starts: list[int] = []
-        ends: list[int] = []
-        for number in numbers:
-            begin, (some, mask) = len(ids), documents[number]
-            ids += some
-            targets += targets_of(some, mask)
-            starts += [begin] * len(some)
-            ends += [begin + len(some)] * len(some)
+        targets = [t for number in numbers for t in targets_of(*documents[number])]
         wanted = [i for i, target in enumerate(targets) if target != IGNORE]
         if not wanted:
             continue
-        bounds = tuple(torch.tensor([border], dtype=torch.int32, device=device) for border in (starts, ends))
-        logits = model(torch.tensor([ids], device=device), documents=bounds, only=torch.tensor(wanted, device=device))
-        found = -_chosen(logits, torch.tensor(targets, device=device)[wanted]).cpu()
+        logits = _packed(model, [documents[number][0] for number in numbers], wanted)
+        found = -_chosen(logits, torch.tensor(targets, device=logits.device)[wanted]).cpu()
         counts = [sum(documents[number][1][1:]) for number in numbers]
         for number, part in zip(numbers, found.split(counts), strict=True):
             losses[number] = part
@@ -59,7 +49,8 @@ def continuations(
 ) -> list[list[Tensor]]:
     """For each question (prefix, continuations) the log-probabilities of every continuation's ids, fp32, on the CPU.
 
-    A prefix is run once, whatever the number of its continuations; questions of about the same length side by side.
+    A prefix is run once, whatever the number of its continuations. Prefixes are packed where every continuation is one
+    id; else they stand side by side with others of about their length.
     Every prefix and continuation holds one id or more. ValueError where one does not fit into the model's context.
     """
     most = model.config.max_seq_len
@@ -69,7 +60,16 @@ def continuations(
         if (length := len(prefix) + max(map(len, endings))) > most:
             raise ValueError(f"question {number} takes {length:,} tokens; the model's context holds {most:,}")
     results: list[list[Tensor]] = [[torch.empty(0)] * len(endings) for _, endings in questions]
-    for numbers in _batches([len(prefix) for prefix, _ in questions], tokens_per_pass):
+    long = [number for number, (_, endings) in enumerate(questions) if max(map(len, endings)) > 1]
+    short = [number for number, (_, endings) in enumerate(questions) if max(map(len, endings)) == 1]
+    for some in _packs([len(questions[number][0]) for number in short], tokens_per_pass, most):
+        numbers = [short[i] for i in some]
+        prefixes = [questions[number][0] for number in numbers]
+        ends = [end - 1 for end in accumulate(map(len, prefixes))]
+        for number, found in zip(numbers, _packed(model, prefixes, ends).float().log_softmax(-1), strict=True):
+            results[number] = [found[list(ending)].cpu() for ending in questions[number][1]]
+    for batch in _batches([len(questions[number][0]) for number in long], tokens_per_pass):
+        numbers = [long[i] for i in batch]
         cache, logits = _read(model, [questions[number][0] for number in numbers])
         rows = [(i, j) for i, number in enumerate(numbers) for j in range(len(questions[number][1]))]
         for some in _rows(rows, [[len(e) for e in questions[number][1]] for number in numbers], cache, tokens_per_pass):
@@ -78,6 +78,16 @@ def continuations(
             for (i, j), part in zip(some, found, strict=True):
                 results[numbers[i]][j] = part
     return results
+
+
+def _packed(model: Llama, documents: Sequence[Ids], only: Sequence[int]) -> Tensor:
+    """Logits (n, V) at these n places of the documents, which stand one behind the other, each seeing itself only."""
+    device = model.embed.weight.device
+    lengths = torch.tensor([len(ids) for ids in documents])
+    ends = lengths.cumsum(0)
+    bounds = tuple(t.repeat_interleave(lengths)[None].to(device, torch.int32) for t in (ends - lengths, ends))
+    ids = torch.tensor([[i for some in documents for i in some]], device=device)
+    return model(ids, documents=bounds, only=torch.tensor(only, device=device))
 
 
 def _chosen(logits: Tensor, ids: Tensor) -> Tensor:
@@ -151,7 +161,7 @@ def _continued(
     found = [_chosen(logits[numbers], ids[:, 0])[:, None]]
     if T > 1:
         # What stands behind an ending is seen by no token of it.
-        after = model(ids[:, :-1], cache=cache.repeated(numbers, cache.length + T - 1))
+        after = model(ids[:, :-1], cache=cache.repeated(rows, cache.length + T - 1))
         found.append(_chosen(after.flatten(0, 1), ids[:, 1:].flatten()).view(len(rows), T - 1))
     table = torch.cat(found, 1).cpu()
     return [row[: len(e)] for row, e in zip(table, endings, strict=True)]
