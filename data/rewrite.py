@@ -1,0 +1,86 @@
+"""Rules that change a text, and the record of what they changed. Used by the cleaning steps; knows none of them.
+
+A rule is a pattern and a function from a match to its replacement; None leaves the match as it is. Placeholders such as
+[NAME] are holy: no rule reaches into one, and only a rule that drops text takes one away whole.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+WORD_LISTS = Path(__file__).parent / "cleaning"
+CONTEXT = 40  # characters on either side of a change that are kept for the report
+MAX_PASSES = 20  # more than any text needed: what one rule uncovers another may take, and every pass leaves less
+
+PLACEHOLDER = re.compile(r"\[(?:NAME|PHONE|EMAIL|URL|RECORD NUMBER|ADDRESS|DATE OF BIRTH)\]")
+
+
+@dataclass(frozen=True)
+class Change:
+    """What one rule did in one place: the text before and after, and what stood around it."""
+
+    rule: str
+    before: str
+    after: str
+    left: str
+    right: str
+
+
+@dataclass(frozen=True)
+class Rule:
+    """keys: lower-case texts one of which must occur for the pattern to match at all; without them it is always tried."""
+
+    name: str
+    pattern: re.Pattern[str]
+    replace: Callable[[re.Match[str]], str | None]
+    keys: tuple[str, ...] = ()
+    drops: bool = False  # takes whole placeholders along with the sentence they stand in
+
+
+def words(file: str, fold: bool = True) -> frozenset[str]:
+    """A word list of data/cleaning/: words between white space, # begins a comment."""
+    text = (WORD_LISTS / file).read_text(encoding="utf-8")
+    found = " ".join(line.partition("#")[0] for line in text.splitlines()).split()
+    return frozenset(word.lower() for word in found) if fold else frozenset(found)
+
+
+def rewrite(text: str, rules: Sequence[Rule], changes: list[Change]) -> str:
+    """The text after all rules, again and again until none finds anything; changes are appended in that order.
+
+    So rewriting twice is rewriting once.
+    """
+    for _ in range(MAX_PASSES):
+        before = text
+        lower = text.lower()
+        for rule in rules:
+            if rule.keys and not any(key in lower for key in rule.keys):
+                continue
+            changed = _apply(rule, text, changes)
+            if changed is not text:
+                text, lower = changed, changed.lower()
+        if text == before:
+            break
+    return text
+
+
+def _apply(rule: Rule, text: str, changes: list[Change]) -> str:
+    held = [m.span() for m in PLACEHOLDER.finditer(text)] if "[" in text else []
+    parts, at = [], 0
+    for m in rule.pattern.finditer(text):
+        start, end = m.span()
+        touched = [s for s in held if s[0] < end and s[1] > start]
+        if touched and not (rule.drops and all(start <= s[0] and s[1] <= end for s in touched)):
+            continue
+        after = rule.replace(m)
+        if after is None or after == m[0]:
+            continue
+        left, right = text[max(0, start - CONTEXT) : start], text[end : end + CONTEXT]
+        changes.append(Change(rule.name, m[0], after, left, right))
+        parts += [text[at:start], after]
+        at = end
+    if not parts:
+        return text
+    return "".join([*parts, text[at:]])
