@@ -8,7 +8,7 @@ a telephone number needs its own grouping, a leading + or 0, or a word that anno
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Callable
 
 from data.rewrite import Rule
 
@@ -32,55 +32,77 @@ def _url(m: re.Match[str]) -> str | None:
     bare = not re.match(r"(?:https?|ftp)://|www\.", url, re.I)
     # "fever.It" and "pain.In" are sentences without a space between: a bare domain is lower-case to its end.
     if bare and (
-        url != url.lower()
-        and "/" not in url
-        or not re.search(rf"\.(?:com|org|net|edu|gov|info|biz|int|co\.\w\w)\b|/", url)
+        (url != url.lower() and "/" not in url)
+        or not re.search(r"\.(?:com|org|net|edu|gov|info|biz|int|co\.\w\w)\b|/", url)
     ):
         return None
     return "[URL]" + m[0][len(url) :]
 
 
-# --- telephone numbers ----------------------------------------------------------------------------
+# --- numbers: telephone, record, birth ------------------------------------------------------------
+#
+# These patterns begin with the number, which is rare and quickly found, and look back for the words that announce it.
 
-_SEP = r"[ .\-–/]?"
-_PHONE_WORD = (
-    r"(?:phone|telephone|tele?|mobile|mob|cell(?:phone)?|call(?:ed|ing)?|contact|fax|whats ?app|ph|hotline|helpline|text|"
-    r"dial|ring|reach(?:ed)?|sms|viber|landline|pager|line)"
+_BEFORE = 60  # characters before a number in which its announcement stands
+_MONTH = (
+    r"(?:jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?|oct(?:ober)?|"
+    r"nov(?:ember)?|dec(?:ember)?)\.?"
+)
+_DAY = r"\d{1,2}(?:st|nd|rd|th)?"
+_DATE_NUMBERS = r"\d{4}[-./]\d{1,2}[-./]\d{1,2}|\d{1,2}[-./ ]\d{1,2}[-./ ](?:\d{4}|\d{2})"
+_BIRTH = re.compile(rf"(?:{_DATE_NUMBERS}|{_DAY}[ -](?:of )?{_MONTH}(?:,? ?-?\d{{4}}|-\d{{2}})?)(?!\w|[-/]\d)", re.I)
+_BIRTH_IN_WORDS = re.compile(rf"\b{_MONTH}[ -]{_DAY}(?:,? ?-?\d{{4}})?(?!\w|[-/]\d)", re.I)
+_BORN = re.compile(
+    r"\b(?:d\.?o\.?b\b\.?|date of birth|birth ?date|birth ?day|born|birth)(?:[ ](?:is|was|on|the|date|in|of|my|falls|patient'?s?)){0,3}"
+    r"(?:[ ](?:sun|mon|tues|wednes|thurs|fri|satur)day,?)?[ ]?[:=(-]{0,2}[ ]?$",
+    re.I,
+)
+
+_DIGITS = r"(?:[-/ ]?[A-Z]{0,3}\d[A-Z]?)*(?!\w|[.,]\d)"
+_RECORD_NUMBER = re.compile(rf"\d(?<![\w/-]\d){_DIGITS}")
+_LETTERED_NUMBER = re.compile(rf"[A-Za-z](?<![\w/-][A-Za-z])[A-Za-z]{{0,5}}[-/]?\d{_DIGITS}")
+_RECORD_WORD = re.compile(
+    r"\b(?:(?:MRN|UHID|CRN|SSN|NHI|MR[ ]?(?:no|number|#)|[IO]P[ ]?(?:no|number))\b|"
+    r"(?:(?:record|chart|file|registration|reg|card|unit|folder|patient|pt|hospital|member|subscriber|case|insurance|policy|account|acct|claim|"
+    r"customer|accession|admission|encounter|visit|national|tax|medicare|medicaid|aadhaar|passport|social security|security|nhs|identity|"
+    r"identification|licen[cs]e|health card|medical|clinic|group|reference|ref|sample|specimen|lab|report|invoice|order|booking|ticket)\.?'?s?[ ]?"
+    r"(?:card[ ]?|record[ ]?)?(?:numbers?|num|nos?|nr|id|#|code|identifier)))\.?"
+    r"(?:[ ](?:is|was|of|are|no|number|#))?[ ]?[:=#(-]{0,3}[ ]?$",
+    re.I,
+)
+_SSN = re.compile(r"(?<![\w-])(?!000|666)[0-8]\d{2}-(?!00)\d{2}-(?!0000)\d{4}(?![\w-])")
+
+_PHONE_WORD = re.compile(
+    r"\b(?:(?:tele)?phone|tele?|mobile|mob|cell(?:phone)?|call(?:ed|ing)?|contact|fax|whats ?app|ph|hotline|helpline|text|dial|ring|"
+    r"reach(?:ed)?|sms|viber|landline|pager|line|tty|toll[ -]free)(?:[ ]?(?:number|no|num|nr|#))?\b\.?"
+    r"(?:[ ](?:me|us|him|her|them|number|is|was|at|on|to|my|the|no\.?|directly|back|or)){0,4}[ ]?[:=#(-]{0,2}[ ]?$",
+    re.I,
 )
 _EXTENSION = r"(?:,?\s?(?:ext|extension|x)\.?\s?\d{1,6}\b)?"
 _PHONES = (
     # with a +: country code and groups; (0) may stand between
     r"\+\s?\d{1,3}[ .\-–/]?(?:\(\d{1,5}\)[ .\-–/]?)?(?:\d{1,5}[ .\-–/]?){1,6}\d",
-    # American: 555-123-4567, (555) 123 4567, 1-800-555-0199, and in letters: 1-800-FLOWERS, 1-800-CDC-INFO
-    r"(?:\b(?:00)?1[ .\-–]?)?(?:\([2-9]\d{2}\) ?[-.–]?|\b[2-9]\d{2}[-.–])\d{3}[ .\-–]?[\dA-Z]{4}\b",
-    r"\b(?:1[ .\-–])?8(?:00|33|44|55|66|77|88)[ .\-–](?=[\dA-Z-]*[A-Z])[\dA-Z]{1,8}(?:[.\-–][\dA-Z]{2,8}){0,2}(?![\w-])",
+    # American: 555-123-4567, (555) 123 4567, 1-800-555-0199, and in letters: 1-800-FLOWERS
+    r"(?:(?:00)?1[ .\-–]?)?(?:\([2-9]\d{2}\) ?[-.–]?|[2-9]\d{2}[-.–])\d{3}[ .\-–]?[\dA-Z]{4}\b",
+    r"(?:1[ .\-–])?8(?:00|33|44|55|66|77|88)[ .\-–](?=[\dA-Z-]*[A-Z])[\dA-Z]{1,8}(?:[.\-–][\dA-Z]{2,8}){0,2}(?![\w-])",
     # with a trunk or international 0: 020 7946 0958, 07911 123456, 0044 20 7946 0958, (030) 901820
-    r"(?:\(0\d{1,5}\)|\b0\d{1,4})[ .\-–/](?:\d{2,5}[ .\-–/]?){1,4}\d{2,}\b",
-    r"\b00?[1-9]\d{8,12}\b",
+    r"(?:\(0\d{1,5}\)|0\d{1,4})[ .\-–/](?:\d{2,5}[ .\-–/]?){1,4}\d{2,}\b",
+    r"00?[1-9]\d{8,12}\b",
     # five and five, as in India; ten or more digits without a gap
-    r"\b[6-9]\d{4}[ \-–]\d{5}\b",
-    r"\b[1-9]\d{9,12}\b",
+    r"[6-9]\d{4}[ \-–]\d{5}\b",
+    r"[1-9]\d{9,12}\b",
 )
-_PHONE = re.compile(rf"(?<![\w.,/@\[+$£€-])(?:{'|'.join(_PHONES)}){_EXTENSION}(?![\w%]|[.,/-]\d)")
-_ANNOUNCED = re.compile(
-    rf"\b({_PHONE_WORD}(?:[ ]?(?:number|no|num|nr|#))?\b\.?(?:[ ](?:me|us|him|her|them|number|is|was|at|on|to|my|the|no\.?)){{0,4}}"
-    rf"[ ]?[:=#-]?[ ]?)(\+?\(?\d(?:[ .\-–/()]{{0,2}}\d){{5,14}})(?![\w%]|[.,/-]\d)",
-    re.I,
-)
-_GAP = re.compile(
-    r"\d[\d ().\-–/]{4,}\d|8\d\d[ .\-–][\dA-Z]|\+\d"
-)  # what any of these has: tried first, since it is cheap
+_PHONE = re.compile(rf"(?=[+(\d])(?<![\w.,/@\[+$£€-])(?:{'|'.join(_PHONES)}){_EXTENSION}(?![\w%]|[.,/-]\d)")
+_ANY_PHONE = re.compile(r"\+?\(?\d(?:[ .\-–/()]{0,2}\d){6,14}(?![\w%]|[.,/-]\d)")
+_GAPPED = re.compile(r"\d[\d ().\-–/]{5,}\d|8\d\d[ .\-–][\dA-Z]")
+_FIGURE, _FIVE = re.compile(r"\d"), re.compile(r"\d{5}")
+_THREE = re.compile(r"\d[\dA-Za-z/ -]{0,2}\d[\dA-Za-z/ -]{0,2}\d")
 _DATE = re.compile(r"(?:19|20)\d\d[-./]\d\d?[-./]\d\d?|\d\d?[-./]\d\d?[-./](?:19|20)?\d\d$")
 _RANGE = re.compile(r"\d{1,4}\s?[-–/]\s?\d{1,4}$")
 
 
-def _phone(m: re.Match[str]) -> str | None:
-    digits = re.sub(r"\D", "", m[0])
-    if _DATE.match(m[0]) or (digits == m[0] and _round(digits)):
-        return None
-    if m[0].startswith("+") and len(digits) < 8:
-        return None
-    return "[PHONE]"
+def _announced(by: re.Pattern[str], m: re.Match[str]) -> bool:
+    return by.search(m.string[max(0, m.start() - _BEFORE) : m.start()]) is not None
 
 
 def _round(digits: str) -> bool:
@@ -88,56 +110,30 @@ def _round(digits: str) -> bool:
     return len(digits) - len(digits.rstrip("0")) >= 5
 
 
-def _announced(m: re.Match[str]) -> str | None:
-    digits = re.sub(r"\D", "", m[2])
-    if len(digits) < 7 or _DATE.match(m[2]) or _RANGE.match(m[2]) or _round(digits):
-        return None
-    return m[1] + "[PHONE]"
-
-
-# --- record numbers -------------------------------------------------------------------------------
-
-_RECORD_WORD = (
-    r"(?:MRN?|UHID|CRN|SSN|NHI|NHS|IP ?no|OP ?no|(?:medical |hospital |health |clinic |patient |inpatient |outpatient )?"
-    r"(?:record|chart|file|registration|reg|card|unit|folder)|(?:medical |hospital |patient |pt\.? |member |subscriber |case |"
-    r"insurance |policy |account |acct\.? |claim |customer |accession |admission |encounter |visit |national |tax |health "
-    r"insurance |medicare |medicaid |aadhaar |passport |social security |nhs |identity |driver'?s? licen[cs]e |health card ))"
-)
-_RECORD = re.compile(
-    rf"\b({_RECORD_WORD}(?:[ ]?(?:card|record|numbers?|num|nos?|nr|id|#|code|identifier|identification)\b\.?){{0,3}}"
-    rf"(?:[ ](?:is|was|of|are))?[ ]?[:=#(-]{{0,3}}[ ]?)((?=[A-Z0-9/ -]*\d[A-Z0-9/-]*\d[A-Z0-9/-]*\d)[A-Z0-9]+(?:[-/ ]?[A-Z0-9]*\d[A-Z0-9]*)*)(?![\w]|[.,]\d)",
-    re.I,
-)
-_NUMBERED = re.compile(r"number|num\b|\bnos?\b|\bnr\b|#|\bid\b|:|identifi|code|^(?:mrn?|uhid|crn|ssn|nhi)\b", re.I)
-_SSN = re.compile(r"(?<![\w-])(?!000|666)[0-8]\d{2}-(?!00)\d{2}-(?!0000)\d{4}(?![\w-])")
+def _birth(m: re.Match[str]) -> str | None:
+    return "[DATE OF BIRTH]" if _announced(_BORN, m) else None
 
 
 def _record(m: re.Match[str]) -> str | None:
-    digits = sum(c.isdigit() for c in m[2])
-    announced = _NUMBERED.search(m[1])
-    if digits < 3 or not announced or _DATE.match(m[2]) or (digits == 4 and m[2][:2] in ("19", "20")):
+    digits = sum(c.isdigit() for c in m[0])
+    year = digits == 4 and m[0][:2] in ("19", "20")
+    if digits < 3 or year or _DATE.match(m[0]) or not m.string[m.start() - 1 : m.start()].strip("#:(=-. ") == "":
         return None
-    if m[1].lower().startswith(("mr ", "mr:", "mr-")) and "#" not in m[1] and digits < 5:
+    return "[RECORD NUMBER]" if _announced(_RECORD_WORD, m) else None
+
+
+def _phone(m: re.Match[str]) -> str | None:
+    digits = re.sub(r"\D", "", m[0])
+    if _DATE.match(m[0]) or (digits == m[0] and _round(digits)) or (m[0].startswith("+") and len(digits) < 8):
         return None
-    return m[1] + "[RECORD NUMBER]"
+    return "[PHONE]"
 
 
-# --- dates of birth -------------------------------------------------------------------------------
+def _announced_phone(m: re.Match[str]) -> str | None:
+    if _DATE.match(m[0]) or _RANGE.match(m[0]) or _round(re.sub(r"\D", "", m[0])):
+        return None
+    return "[PHONE]" if _announced(_PHONE_WORD, m) else None
 
-_MONTH = (
-    r"(?:jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?|oct(?:ober)?|"
-    r"nov(?:ember)?|dec(?:ember)?)\.?"
-)
-_DAY = r"\d{1,2}(?:st|nd|rd|th)?"
-_ANY_DATE = (
-    rf"(?:\d{{4}}[-./]\d{{1,2}}[-./]\d{{1,2}}|\d{{1,2}}[-./ ]\d{{1,2}}[-./ ](?:\d{{4}}|\d{{2}})|"
-    rf"{_DAY}[ -](?:of )?{_MONTH}(?:,? ?-?\d{{4}}|-\d{{2}})?|{_MONTH}[ -]{_DAY}(?:,? ?-?\d{{4}})?)"
-)
-_BIRTH = re.compile(
-    r"\b((?:d\.?o\.?b\.?|date of birth|birth ?date|birth ?day|born|birth)\b\.?(?:[ ](?:is|was|on|the|date|in|of|my|patient'?s?)){0,3}"
-    rf"(?:[ ](?:sun|mon|tues|wednes|thurs|fri|satur)day,?)?[ ]?[:=(-]{{0,2}}[ ]?)({_ANY_DATE})(?!\w|[-/]\d)",
-    re.I,
-)
 
 # --- postal addresses -----------------------------------------------------------------------------
 
@@ -148,38 +144,49 @@ _STREET = (
     r"Cross|Main|Layout|Chowk|Salai|Path|Alley|Loop|Heights|Ridge|View|Turnpike|Pike|Quay|Rise|Broadway)"
 )
 _UNIT = r"(?:apartment|apt|suite|ste|unit|flat|floor|fl|room|rm|building|bldg|block|house|door|plot|shop|no|number|#)"
-_CODE = (
+_STATE = r"(?:A[KLRZ]|C[AOT]|D[CE]|FL|GA|HI|I[ADLN]|K[SY]|LA|M[ADEINOST]|N[CDEHJMVY]|O[HKR]|PA|RI|S[CD]|T[NX]|UT|V[AT]|W[AIVY])"
+_POST_CODE = (
     r"(?:[A-Z]{2} ?,? ?\d{5}(?:-\d{4})?|[A-Z]{1,2}\d[A-Z\d]? ?\d[A-Z]{2}|[A-Z]\d[A-Z] ?\d[A-Z]\d|"
     r"(?:[A-Z]{1,2}-)?\d{2,3}[ -]?\d{2,3}\b|\d{4} ?[A-Z]{2}\b)"
 )
-_TOWN = rf"(?:,?\s(?:{_UNIT})\.?[ ]?#?[\w-]+)?(?:(?:,[ ]?\n?|\n)(?:{_PART}(?:[ ]{_PART}){{0,3}}[ ]?-?)?(?:[ ]?,?[ ]?{_CODE}(?![\w-]))?){{0,4}}"
+_TOWN = (
+    rf"(?:,?\s(?i:{_UNIT})\.?[ ]?#?[\w-]+)?"
+    rf"(?:(?:,[ ]?\n?|\n)(?:{_PART}(?:[ ]{_PART}){{0,3}}[ ]?-?)?(?:[ ]?,?[ ]?{_POST_CODE}(?![\w-]))?){{0,4}}"
+)
 _NUMBER = r"\d{1,5}(?:[A-Z]|-\d{1,4}[A-Z]?|/\d{1,4}[A-Z]?|[ ]?bis)?"
-_EURO = (
-    rf"(?:[{_UP}][\w-]*(?:stra(?:ß|ss)e|str\.|weg|platz|allee|gasse|straat|laan|gade|vej|gatan|vägen|katu|gata)|"
-    rf"(?:Rue|Via|Viale|Piazza|Corso|Calle|Avenida|Av\.|Paseo|Plaza|Carrer|Rua|Travessa|Praça|Largo|ul\.|ulica|al\.|aleja)"
-    rf"(?:[ ](?:de|del|della|dei|di|da|do|dos|das|la|las|los|du|des|l'|d'|y))*(?:[ ]{_PART}){{1,3}}),?[ ]{_NUMBER}"
+_UNIT_BEFORE = re.compile(rf"(?:\b{_UNIT}\.?[ ]?#?[\w/-]{{1,6}},?|#[\w/-]{{1,6}},)[ ]$", re.I)
+_HOUSE = re.compile(
+    rf"(?<![\w.,/@\[-]){_NUMBER},?[ ](?:(?:{_PART}[ ]){{1,4}}?{_STREET}\b\.?(?:[ ][NSEW]{{1,2}}\b\.?)?|"
+    rf"(?:rue|avenue|boulevard|place|chemin|allée|impasse|quai|cours|route)[ ](?:(?:de|du|des|la|le|les|l'|d')[ ]?)*"
+    rf"{_PART}(?:[ -]{_PART}){{0,3}}){_TOWN}(?!\w)"
 )
-_RUE = rf"{_NUMBER},?[ ](?:rue|avenue|boulevard|place|chemin|allée|impasse|quai|cours|route)[ ](?:(?:de|du|des|la|le|les|l'|d')[ ]?)*{_PART}(?:[ -]{_PART}){{0,3}}"
-_ADDRESSES = (
-    rf"(?:(?i:{_UNIT})\.?[ ]?#?[\w/-]{{1,6}},?[ ])?\b{_NUMBER},?[ ](?:{_PART}[ ]){{1,4}}?{_STREET}\b\.?(?:[ ][NSEW]{{1,2}}\b\.?)?{_TOWN}",
-    rf"\b(?i:flat|plot|door|house|shop|apartment|apt\.?)[ ]?(?:(?i:no)\.?)?[ ]?#?\d[\w/-]*,[ ](?:[\w'. -]{{2,40}},[ ]){{0,3}}{_PART}(?:[ ]{_PART}){{0,3}}(?:[ ,-]+\d{{5,6}}\b)",
-    rf"\bP\.?[ ]?O\.?[ ]?Box[ ]#?\d+{_TOWN}",
-    rf"\b{_EURO}{_TOWN}",
-    rf"\b{_RUE}{_TOWN}",
+_FLAT = re.compile(
+    rf"\b(?i:flat|plot|door|house|shop|apartment|apt\.?)[ ]?(?:(?i:no)\.?)?[ ]?#?\d[\w/-]*,[ ]"
+    rf"(?:[\w'. -]{{2,40}},[ ]){{0,3}}{_PART}(?:[ ]{_PART}){{0,3}}[ ,-]+\d{{5,6}}\b"
 )
-_ADDRESS = re.compile(rf"(?<![\w.,/@\[-])(?:{'|'.join(_ADDRESSES)})(?!\w)")
+_BOX = re.compile(rf"\b(?i:P\.?[ ]?O\.?[ ]?Box)[ ]#?\d+{_TOWN}")
+_FOREIGN = re.compile(
+    rf"\b(?:[{_UP}][\w-]*(?:stra(?:ß|ss)e|str\.|weg|platz|allee|gasse|straat|laan|gade|vej|gatan|vägen|katu|gata)|"
+    rf"(?:Rue|Via|Viale|Piazza|Corso|Calle|Avenida|Av\.|Paseo|Plaza|Carrer|Rua|Travessa|Praça|Largo|ul\.|ulica|aleja)"
+    rf"(?:[ ](?:de|del|della|dei|di|da|do|dos|das|la|las|los|du|des|l'|d'|y))*(?:[ ]{_PART}){{1,3}}),?[ ]{_NUMBER}{_TOWN}(?!\w)"
+)
+_FOREIGN_KEYS = (
+    "straße", "strasse", "str.", "weg ", "platz", "allee", "gasse", "straat", "laan ", "gade ", "vej ", "gatan", "vägen", "katu ",
+    "gata ", "Rue ", "Via ", "Viale ", "Piazza", "Corso ", "Calle ", "Avenida", "Av. ", "Paseo", "Plaza ", "Carrer", "Rua ",
+    "Travessa", "Praça", "Largo ", "ul.", "ulica", "aleja",
+)  # fmt: skip
 _LIVE_AT = re.compile(
-    rf"\b((?:my|our|his|her|home|postal|mailing|the)[ ](?:home[ ]|postal[ ]|mailing[ ])?address(?:[ ]is|:)[ ]|(?:i|we|he|she)[ ](?:live|lives|reside|resides|stay)[ ]at[ ]|\baddress:[ ])"
-    rf"((?=[^.;!?\n]{{0,60}}\d)[^;!?\n]{{4,100}}?)(?=[.;!?](?:\s|$)|\n|$|[ ](?:and|but|because|since|with|for|where|which)[ ])",
+    r"\b((?:my|our|his|her|home|postal|mailing|the)[ ](?:home[ ]|postal[ ]|mailing[ ])?address(?:[ ]is|:)[ ]|"
+    r"(?:i|we|he|she)[ ](?:live|lives|reside|resides|stay)[ ]at[ ]|\baddress:[ ])"
+    r"((?=[^.;!?\n]{0,60}\d)[^;!?\n]{4,100}?)"
+    r"(?=[.;!?](?:\s|$)|\n|$|[ ](?:and|but|because|since|with|for|where|which)[ ])",
     re.I,
 )
-_POSTCODE = re.compile(r"(?<![\w-])[A-Z]{1,2}\d[A-Z\d]? \d[ABD-HJLNP-UW-Z]{2}(?![\w-])")
-_CITY_ZIP = re.compile(
-    rf"(?<![\w\[])(?:{_PART}[ ]){{0,2}}{_PART},[ ](?:A[KLRZ]|C[AOT]|D[CE]|FL|GA|HI|I[ADLN]|K[SY]|LA|M[ADEINOST]|N[CDEHJMVY]|O[HKR]|PA|RI|S[CD]|T[NX]|UT|V[AT]|W[AIVY])[ ]\d{{5}}(?:-\d{{4}})?(?!\w)"
-)
+_BRITISH_CODE = re.compile(r"(?<![\w-])[A-Z]{1,2}\d[A-Z\d]? \d[ABD-HJLNP-UW-Z]{2}(?![\w-])")
+_TOWN_ZIP = re.compile(rf"(?<![\w\[])(?:{_PART}[ ]){{0,2}}{_PART},[ ]{_STATE}[ ]\d{{5}}(?:-\d{{4}})?(?!\w)")
 
 
-def _placed(placeholder: str) -> Any:
+def _placed(placeholder: str) -> Callable[[re.Match[str]], str]:
     return lambda m: placeholder
 
 
@@ -188,23 +195,28 @@ def _address(m: re.Match[str]) -> str | None:
     return "[ADDRESS]" + m[0][len(tail) :]
 
 
-_AT = ("@", "[at]", "(at)")
+_AT = ("@", "[at]", "(at)", "[ at ]", "( at )")
 _DOT = ("http", "www.", ".com", ".org", ".net", ".edu", ".gov", ".info", ".co", ".biz", ".int", "ftp:")
+_RECORD_KEYS = (
+    "mrn", "uhid", "crn", "ssn", "nhi", "mr no", "mr number", "ip no", "op no", " number", " num", " no ", " no.", " no:", " nos",
+    "#", " id ", " id:", "id is", " code", " nr", "identifier",
+)  # fmt: skip
+_BIRTH_KEYS = ("born", "birth", "dob", "d.o.b")
 RULES = (
     Rule("email", _EMAIL, _placed("[EMAIL]"), _AT),
     Rule("url", _URL, _url, _DOT),
-    Rule("date_of_birth", _BIRTH, lambda m: m[1] + "[DATE OF BIRTH]", ("born", "birth", "dob", "d.o.b")),
-    Rule(
-        "record_number",
-        _RECORD,
-        _record,
-        ("number", "no", "id", "mr", "#", "uhid", "crn", "ssn", "nhi", "code", "nr", ":"),
-    ),
-    Rule("record_number", _SSN, _placed("[RECORD NUMBER]"), ("-",)),
-    Rule("address", _LIVE_AT, lambda m: m[1] + "[ADDRESS]", ("address", "live", "reside", "stay")),
-    Rule("address", _ADDRESS, _address),
-    Rule("address", _CITY_ZIP, _placed("[ADDRESS]")),
-    Rule("address", _POSTCODE, _placed("[ADDRESS]")),
-    Rule("phone", _ANNOUNCED, _announced),
-    Rule("phone", _PHONE, _phone),
+    Rule("date_of_birth", _BIRTH, _birth, _BIRTH_KEYS),
+    Rule("date_of_birth", _BIRTH_IN_WORDS, _birth, _BIRTH_KEYS),
+    Rule("record_number", _RECORD_NUMBER, _record, _RECORD_KEYS, guard=_THREE),
+    Rule("record_number", _LETTERED_NUMBER, _record, _RECORD_KEYS, guard=_THREE),
+    Rule("record_number", _SSN, _placed("[RECORD NUMBER]"), guard=_GAPPED),
+    Rule("address", _LIVE_AT, lambda m: m[1] + "[ADDRESS]", ("address", "live at", "lives at", "reside", "stay at")),
+    Rule("address", _HOUSE, _address, guard=re.compile(r"\d[\w/-]*,? [A-Zracbpiq]")),
+    Rule("address", _FLAT, _address, ("flat", "plot", "door", "house", "shop", "apart", "apt"), guard=_FIVE),
+    Rule("address", _BOX, _address, ("box",)),
+    Rule("address", _FOREIGN, _address, _FOREIGN_KEYS, guard=_FIGURE, cased=True),
+    Rule("address", _TOWN_ZIP, _placed("[ADDRESS]"), guard=re.compile(r", [A-Z]{2} \d{5}")),
+    Rule("address", _BRITISH_CODE, _placed("[ADDRESS]"), guard=re.compile(r"\d[A-Z\d]? \d[A-Z]{2}")),
+    Rule("phone", _ANY_PHONE, _announced_phone, guard=_GAPPED),
+    Rule("phone", _PHONE, _phone, guard=_GAPPED),
 )

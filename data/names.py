@@ -35,7 +35,7 @@ _PARTICLE = (
     r"af|zu|y|e|st\.|'t)[ ]){1,3}"
 )
 _FULL = rf"(?:{_PARTICLE})?(?:{_INITIAL}[ ]?)*{_NAME}(?:[ ](?:{_PARTICLE})?(?:{_INITIAL}[ ]?)*{_NAME}|[ ]{_INITIAL}(?=[ ]?(?:[,;!?\n]|$))){{0,4}}"
-_TITLE = r"(?:Drs?|DR(?=\.)|Profs?|PROF(?=\.)|Mrs?|M[RS]S?(?=\.)|Ms|Mx|Miss|Doctor|DOCTOR|Professor|Nurse|Sister|Rev|Fr|Herr|Frau|Señor|Sra?|Mme|Shri|Smt)"
+_TITLE = r"(?:Drs?|DR(?=\.)|Profs?|PROF(?=\.)|Mrs?|MRS?(?=\.)|Ms|Mx|Miss|Doctor|DOCTOR|Professor|Nurse|Sister|Herr|Frau|Señor|Sra?|Mme|Shri|Smt)"
 _TITLES = rf"(?:{_TITLE}(?:\.[ ]?|[ ]|[ ]?\xa0)(?:med\.[ ]?|(?:and|&)[ ](?={_TITLE}))?){{1,3}}"
 _DEGREE = (
     r"(?:M\.?D|M\.?B\.?B\.?S|MBChB|MBBCh|B\.?D\.?S|D\.O|DO|Ph\.?D|R\.?N|B\.?Sc|M\.?Sc|M\.?S|M\.?Ch|D\.?M|D\.?N\.?B|FRCS|MRCP|MRCGP|MRCS|"
@@ -46,7 +46,7 @@ _TOKEN = re.compile(rf"(?:{_PARTICLE})|{_INITIAL}|{_NAME}")
 _DEGREE_WORD = re.compile(_DEGREE)
 
 
-def _is_word(token: str) -> bool:
+def is_word(token: str) -> bool:
     """Whether a capitalised word is no name: everyday, clinical, or a degree."""
     folded = token.lower().rstrip(".")
     if folded in _NAMES:
@@ -65,9 +65,10 @@ def _name(found: str, rest: str) -> str:
     single = None
     for m in _TOKEN.finditer(found):
         token = m[0]
-        if not (token.endswith((".", " ")) or not _is_word(token)):
-            break
-        if token in _EPONYMS and _is_term(found[m.end() :] + rest):
+        if token in _EPONYMS:
+            if _is_term(found[m.end() :] + rest):
+                break
+        elif not token.endswith((".", " ")) and is_word(token):
             break
         if not token.endswith(" "):
             kept = m.end()
@@ -99,18 +100,18 @@ _TITLED = re.compile(rf"(?<![\w\[/-])({_TITLES})({_FULL}|{_INITIAL})(?P<others>(
 _TITLED_LOWER = re.compile(
     r"(?<![\w\[/-])((?:dr|mr|mrs|prof|doctor)(?:\.[ ]?|[ ]))([^\W\d_]{2,})((?:[ ][^\W\d_]{2,})?)(?![\w'’-])", re.I
 )
-_SPOKEN_TITLE = re.compile(r"(?:Doctor|DOCTOR|Nurse|Miss|Sister|Sr|Sra|Fr|Rev|Professor)\b")
+_SPOKEN_TITLE = re.compile(r"(?:Doctor|DOCTOR|Nurse|Miss|Sister|Sr|Sra|Professor)\b")
 
 
 def _titled(m: re.Match[str]) -> str | None:
     rest = m.string[m.end(2) :]
-    name = _name(m[2], rest) if len(m[2]) > 2 else m[2]
+    name = m[2] if re.fullmatch(_INITIAL, m[2]) else _name(m[2], rest)
     if not name or (len(name) == 2 and name[0] in "AI"):  # "I asked the Dr. A. ..." is no name; neither is "I."
         return None
     if _SPOKEN_TITLE.match(m[1]) and name.isupper() and not _known(name):
         return None
     others = m["others"] if m[1].startswith(("Drs", "Profs")) else ""
-    others = re.sub(_NAME, lambda o: o[0] if _is_word(o[0]) else "[NAME]", others) if others else m["others"]
+    others = re.sub(_NAME, lambda o: o[0] if is_word(o[0]) else "[NAME]", others) if others else m["others"]
     return m[1] + "[NAME]" + m[2][len(name) :] + others
 
 
@@ -209,7 +210,7 @@ _LABEL = re.compile(
     rf"((?:{_TITLES})?)({_FULL})"
 )
 _I_AM = re.compile(
-    rf"(?<![\w\[])((?i:i am|i'm|im|i’m|this is|it is|it's|here is|this side)[ ])({_FULL}|[^\W\d_]{{3,}}(?=[ ]?[,.!]|[ ](?:here|from|and i)\b))"
+    rf"(?<![\w\[])((?i:i am|i'm|im|this is|here is|this side)[ ])({_FULL}|[^\W\d_]{{3,}}(?=[ ]?[,.!]|[ ](?:here|from|and i)\b))"
 )
 _AGE_OR_PLACE = re.compile(
     r"[ ]?(?:,|-|\(|\band\b)?[ ]?(?:(?:i am |i'm |aged? |age: ?|a |an )?\d{1,2}\b|(?:and )?(?:a|an) (?:\d|male|female|woman|man|mother|father|student|"
@@ -224,7 +225,7 @@ _KIN = (
     r"pediatrician|paediatrician|urologist|therapist|nurse|specialist|colleague|boss|teacher|stepson|stepdaughter|twin|newborn|patient"
 )
 _RELATION = re.compile(
-    rf"(?<![\w\[])((?i:my|our|his|her|their)[ ](?:[\w-]+[ ]){{0,3}}?(?i:{_KIN})(?:,[ ]|[ ]\(|[ ])(?i:named[ ]|called[ ])?)({_FULL})"
+    rf"([MmOoHhTt](?<![\w\[].)(?i:y|ur|is|er|heir)[ ](?:[\w-]+[ ]){{0,3}}?(?i:{_KIN})(?:,[ ]|[ ]\(|[ ])(?i:named[ ]|called[ ])?)({_FULL})"
 )
 _WITH_DEGREE = re.compile(rf"(?<![\w\[.'’-])({_FULL})((?:,[ ]?|[ ])\(?{_DEGREE}{_DEGREES}?\)?)(?![\w-]|[ ]\d{{5}})")
 
@@ -257,7 +258,7 @@ def _i_am(m: re.Match[str]) -> str | None:
     if found[0].islower():
         return m[1] + "[NAME]" if found in _NAMES and re.match(r"i|this is|here", m[1], re.I) else None
     name = _name(found, rest)
-    if not name or name in _EPONYMS and not _known(name):
+    if not name or (name in _EPONYMS and not _known(name)):
         return None
     after = found[len(name) :] + rest
     if not (_known(name) or _AGE_OR_PLACE.match(after)):
@@ -276,8 +277,8 @@ def _relation(m: re.Match[str]) -> str | None:
 def _with_degree(m: re.Match[str]) -> str | None:
     """ "John Smith, MD" and, without a comma, "John Smith MD"; no places ("Silver Spring, MD")."""
     tokens = [t for t in _TOKEN.findall(m[1]) if not t.endswith(" ")]
-    first = next((i for i, t in enumerate(tokens) if not _is_word(t)), None)
-    if first is None or any(_is_word(t) for t in tokens[first:]):
+    first = next((i for i, t in enumerate(tokens) if not is_word(t)), None)
+    if first is None or any(is_word(t) for t in tokens[first:]):
         return None
     start = m[1].find(tokens[first])
     name = m[1][start:]
@@ -289,38 +290,42 @@ def _with_degree(m: re.Match[str]) -> str | None:
 
 
 _TITLE_KEYS = (
-    "dr",
-    "prof",
-    "mr",
-    "ms",
-    "mx",
-    "miss",
-    "doctor",
-    "nurse",
-    "sister",
-    "rev",
-    "fr",
-    "herr",
-    "se",
-    "sr",
-    "mme",
-    "sh",
-    "sm",
-)
-_HELLO_KEYS = ("hi", "hello", "hey", "hallo", "dear", "good ", "greetings", "namaste", "salam", "welcome")
+    "Dr", "DR.", "Prof", "PROF.", "Mr", "MR", "Ms", "Mx", "Miss", "Doctor", "DOCTOR", "Nurse", "Sister", "Herr", "Frau", "Señor",
+    "Sr", "Mme", "Shri", "Smt",
+)  # fmt: skip
+_HI_KEYS = ("hi ", "hi, ", "hii ", "hello", "hey ", "hallo", "dear ", "greetings", "namaste", "salam", "welcome ")
+_HELLO_KEYS = (*_HI_KEYS, "good m", "good a", "good e", "good d")
 _CLOSING_KEYS = (
     "regards", "wishes", "sincerely", "truly", "faithfully", "respectfully", "cheers", "love", "yours", "cordially",
     "thank", "thx", "take care", "bless", "bye", "luck", "all the best", "xoxo", "greetings",
 )  # fmt: skip
+_DEGREE_KEYS = (
+    "MD", "M.D", "MBBS", "MB", "M.B", "BDS", "B.D.S", "D.O", "DO", "Ph", "RN", "R.N", "Sc", "MS", "M.S", "M.Ch", "MCh", "DM",
+    "D.M", "DNB", "D.N.B", "FR", "MRC", "FAC", "FAA", "FCPS", "F.C", "DCH", "DGO", "NP", "PA-C", "DDS", "DPM", "DPT", "LCSW",
+    "BHMS", "BAMS", "MPH", "Esq",
+)  # fmt: skip
+_CALLED_KEYS = (
+    "named ", "name is", "name's", "my name", "her name", "name:", "name of", "myself ", "call me", "am called", "'m called",
+)  # fmt: skip
+_LABEL_KEYS = (
+    "name:", "name :", "names:", "name=", "name-", "name -", "attending", "consultant", "referred by", "seen by",
+    "signed by", "signed:",     "reported by", "reviewed by", "dictated by", "physician:", "contact person", "kin:", "emergency contact", "guardian", "attn",
+)  # fmt: skip
+_KIN_KEYS = tuple(word + " " for word in ("my", "our", "his", "her", "their"))
 RULES = (
-    Rule("sign_off", _SIGN_OFF, _sign_off, _CLOSING_KEYS, drops=True),
-    Rule("sign_off", _DASHED, _dashed, drops=True),
+    Rule("sign_off", _SIGN_OFF, _sign_off, _CLOSING_KEYS, tail=250, drops=True),
+    Rule("sign_off", _DASHED, _dashed, tail=150, drops=True),
     Rule("greeting", _GREETING, _greeting, _HELLO_KEYS),
-    Rule("name_after_title", _TITLED, _titled, _TITLE_KEYS),
-    Rule("name_after_title", _TITLED_LOWER, _titled_lower, ("dr ", "dr.", "mr ", "mr.", "mrs", "prof", "doctor ")),
-    Rule("name_with_degree", _WITH_DEGREE, _with_degree),
-    Rule("introduction", _CALLED, _called, ("name", "call", "myself")),
-    Rule("introduction", _LABEL, _label, ("name", ":")),
-    Rule("introduction", _I_AM, _i_am, ("i am", "i'm", "im ", "i’m", "this ", "it is", "it's", "here is")),
-    Rule("relation", _RELATION, _relation, ("my ", "our ", "his ", "her ", "their ")),
+    Rule("name_after_title", _TITLED, _titled, _TITLE_KEYS, cased=True),
+    Rule(
+        "name_after_title",
+        _TITLED_LOWER,
+        _titled_lower,
+        ("dr ", "dr.", "mr ", "mr.", "mrs", "prof. ", "prof ", "doctor "),
+    ),
+    Rule("name_with_degree", _WITH_DEGREE, _with_degree, _DEGREE_KEYS, cased=True),
+    Rule("introduction", _CALLED, _called, _CALLED_KEYS),
+    Rule("introduction", _LABEL, _label, _LABEL_KEYS),
+    Rule("introduction", _I_AM, _i_am, ("i am ", "i'm ", "im ", "this is ", "here is ", "this side ")),
+    Rule("relation", _RELATION, _relation, _KIN_KEYS),
 )

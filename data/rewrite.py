@@ -31,13 +31,35 @@ class Change:
 
 @dataclass(frozen=True)
 class Rule:
-    """keys: lower-case texts one of which must occur for the pattern to match at all; without them it is always tried."""
+    """A pattern and what becomes of its matches; None from replace leaves one.
+
+    keys, guard: what a text must hold for the pattern to match at all, cheap to look for: one of these texts, in lower
+    case unless cased; a pattern. tail: only so many last characters are looked at.
+    """
 
     name: str
     pattern: re.Pattern[str]
     replace: Callable[[re.Match[str]], str | None]
     keys: tuple[str, ...] = ()
+    guard: re.Pattern[str] | None = None
+    cased: bool = False
+    tail: int = 0
     drops: bool = False  # takes whole placeholders along with the sentence they stand in
+
+    def can_match(self, text: str, lower: str, guards: dict[re.Pattern[str], bool]) -> bool:
+        """Whether the pattern is worth trying; guards remembers what each guard found in this text."""
+        if self.keys:
+            where = text if self.cased else lower
+            for key in self.keys:
+                if key in where:
+                    break
+            else:
+                return False
+        if self.guard is None:
+            return True
+        if self.guard not in guards:
+            guards[self.guard] = self.guard.search(text) is not None
+        return guards[self.guard]
 
 
 def words(file: str, fold: bool = True) -> frozenset[str]:
@@ -48,28 +70,28 @@ def words(file: str, fold: bool = True) -> frozenset[str]:
 
 
 def rewrite(text: str, rules: Sequence[Rule], changes: list[Change]) -> str:
-    """The text after all rules, again and again until none finds anything; changes are appended in that order.
+    """The text after all rules, in turn and again until each has found nothing since the last change.
 
-    So rewriting twice is rewriting once.
+    So rewriting twice is rewriting once. Changes are appended in the order they are made.
     """
+    lower, idle = text.lower(), 0
+    guards: dict[re.Pattern[str], bool] = {}
     for _ in range(MAX_PASSES):
-        before = text
-        lower = text.lower()
         for rule in rules:
-            if rule.keys and not any(key in lower for key in rule.keys):
-                continue
-            changed = _apply(rule, text, changes)
-            if changed is not text:
-                text, lower = changed, changed.lower()
-        if text == before:
-            break
+            idle += 1
+            if rule.can_match(text, lower, guards):
+                changed = _apply(rule, text, changes)
+                if changed is not text:
+                    text, lower, idle, guards = changed, changed.lower(), 0, {}
+            if idle == len(rules):
+                return text
     return text
 
 
 def _apply(rule: Rule, text: str, changes: list[Change]) -> str:
     held = [m.span() for m in PLACEHOLDER.finditer(text)] if "[" in text else []
     parts, at = [], 0
-    for m in rule.pattern.finditer(text):
+    for m in rule.pattern.finditer(text, max(0, len(text) - rule.tail) if rule.tail else 0):
         start, end = m.span()
         touched = [s for s in held if s[0] < end and s[1] > start]
         if touched and not (rule.drops and all(start <= s[0] and s[1] <= end for s in touched)):

@@ -38,17 +38,22 @@ def _decoded(m: re.Match[str]) -> str | None:
 
 # --- spacing --------------------------------------------------------------------------------------
 
-_RUN = re.compile(r"(?<=[^\s])[ \t]{2,}(?=[^\s])")
-_LINE_END = re.compile(r"[ \t]+(?=\n)")
+_RUN = re.compile(r"  (?<=[^\s] {2}) *(?=\S)")
+_LINE_END = re.compile(r"[ \t]+\n")
 _BLANK_LINES = re.compile(r"\n{4,}")
-_OUTER = re.compile(r"\A\s+|\s+\Z")
+_START, _END = re.compile(r"\A\s+"), re.compile(r"\s+\Z")
+_BEFORE_STOP = re.compile(r" (?<=\w )([,;.])(?=[ \n]|\Z)")
 # "abdomen.The": small letters, stop, a capitalised word that goes on; no name of a file, a site or a variable.
-_GLUED = re.compile(r"(?<![\w./@:_-])([a-z]{3,}|\d+ [a-z]{2,})([.?!])(?=[A-Z][a-z]*(?:['’][a-z]+)?[ ,:])")
-_BEFORE_STOP = re.compile(r"(?<=\w)[ \t]+([,;.])(?=[ \n]|\Z)(?!\.\.)")
+_GLUED = re.compile(r"[.?!](?<=[a-z]{2}[.?!])(?=[A-Z][a-z]*(?:'[a-z]+)?[ ,:])")
+_SMALL_WORD = re.compile(r"(?:^|[\s\"'(\-])[a-z]+$")
 
 
-def _outside_code(replacement: str) -> object:
-    return lambda m: None if "```" in m.string or "\t" in m.string else replacement
+def _unless_code(m: re.Match[str]) -> str | None:
+    return None if "```" in m.string or "\t" in m.string else " "
+
+
+def _unglued(m: re.Match[str]) -> str | None:
+    return m[0] + " " if _SMALL_WORD.search(m.string[max(0, m.start() - 30) : m.start()]) else None
 
 
 # --- boilerplate ----------------------------------------------------------------------------------
@@ -56,54 +61,36 @@ def _outside_code(replacement: str) -> object:
 LONGEST = 160  # characters of a sentence that is dropped unless its phrase ends with $
 
 
+_LINE = re.compile(r"(\w+) \[(.+?)\]: (.+)")
+
+
 def _load() -> tuple[Rule, ...]:
     rules, site = [], ""
     for number, line in enumerate((WORD_LISTS / "boilerplate.txt").read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip() or line.startswith("#"):
             continue
-        name, colon, phrase = line.partition(": ")
-        assert colon, f"data/cleaning/boilerplate.txt, line {number}: wanted name: phrase"
-        if name == "site":
-            site = phrase
+        if line.startswith("site: "):
+            site = line.removeprefix("site: ")
             continue
-        rules.append(_phrase(name, phrase.replace("({site})", f"(?:{site})").replace("{site}", f"(?:{site})")))
+        parts = _LINE.fullmatch(line)
+        assert parts, f"data/cleaning/boilerplate.txt, line {number}: wanted name [keys]: phrase"
+        rules.append(_phrase(parts[1], tuple(parts[2].split(", ")), parts[3].replace("{site}", f"(?:{site})")))
     return tuple(rules)
 
 
-def _phrase(name: str, phrase: str) -> Rule:
+def _phrase(name: str, keys: tuple[str, ...], phrase: str) -> Rule:
     """A sentence that begins with a phrase: from the stop before it to its own."""
     whole = phrase.endswith("$")
     phrase = phrase.removesuffix("$").replace(" ", r"\s")
     rest = "" if whole else rf"(?:\.(?=\w)|[^.!?\n]){{0,{LONGEST}}}?"
-    pattern = re.compile(
-        rf"(\A|(?<=[.!?\n>)])|(?<=,\s))(\s*)(?:{phrase})\b{rest}\s*(?:[.!?:]+|-->|(?=\n)|\Z)(?=\s|\Z|[A-Z\"'])", re.I
-    )
-    return Rule(f"boilerplate_{name}", pattern, _without, _KEYS[name], drops=True)
+    end = r"\s*(?:[.!?:]+|-->|(?=\n)|\Z)(?=\s|\Z|[A-Z\"'])"
+    pattern = re.compile(rf"(\A|(?<=[.!?\n>)])|(?<=,\s))(\s*)(?:{phrase})\b{rest}{end}", re.I)
+    return Rule(f"boilerplate_{name}", pattern, _without, keys, drops=True)
 
 
 def _without(m: re.Match[str]) -> str:
     return "\n" if "\n" in m[2] and m.start() else ""
 
-
-# A word that every form of the phrase has, to try the pattern only where it can match.
-_KEYS = {
-    "thanks": ("thank",),
-    "thanks_query": ("thank",),
-    "thanks_asking": ("thank",),
-    "welcome": ("welcome",),
-    "understood": ("your quer", "your question", "your concern", "of your"),
-    "answered": ("hope",),
-    "helps": ("hope",),
-    "further": ("let me know", "feel free", "revert", "get back", "write back", "hesitate"),
-    "if_further": ("any ",),
-    "consult_site": ("information", "quer", "doubt", "question", "clarification", "follow"),
-    "rate": ("rate", "accept", "close", "mark"),
-    "wishes": ("wish",),
-    "stay": ("stay", "keep", "remain", "be "),
-    "regards": ("regards",),
-    "take_care": ("take care",),
-    "site_alone": ("chat", "magic", "hcm", "icliniq", "doctor", "web", "answer", "tap", "lybrate", "practo", "forum"),
-}
 
 TYPOGRAPHY = (
     Rule("mojibake", _MOJIBAKE, _decoded),
@@ -112,11 +99,12 @@ TYPOGRAPHY = (
     Rule("zero_width", _JOINER, lambda m: "", ("\u200c", "\u200d")),
 )
 SPACING = (
-    Rule("glued_sentences", _GLUED, lambda m: f"{m[1]}{m[2]} "),
-    Rule("spaces", _RUN, _outside_code(" ")),  # type: ignore[arg-type]
-    Rule("spaces", _LINE_END, lambda m: ""),
-    Rule("spaces", _BEFORE_STOP, lambda m: m[1]),
-    Rule("blank_lines", _BLANK_LINES, lambda m: "\n\n"),
-    Rule("outer_spaces", _OUTER, lambda m: ""),
+    Rule("spaces", _START, lambda m: ""),
+    Rule("spaces", _END, lambda m: "", tail=100),
+    Rule("spaces", _LINE_END, lambda m: "\n", (" \n", "\t\n")),
+    Rule("spaces", _RUN, _unless_code, ("  ",)),
+    Rule("spaces", _BEFORE_STOP, lambda m: m[1], (" ,", " ;", " .")),
+    Rule("spaces", _BLANK_LINES, lambda m: "\n\n", ("\n\n\n\n",)),
+    Rule("glued_sentences", _GLUED, _unglued),
 )
 BOILERPLATE = _load()
