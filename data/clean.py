@@ -19,7 +19,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from data import identifiers, names, tidy
-from data.cleaning_report import Report
+from data.cleaning_report import IDENTIFYING, Report
 from data.duplicates import Duplicates
 from data.fields import Field, NoText, fields_of
 from data.language_tool import LanguageTool
@@ -30,8 +30,7 @@ from data.stream import Item, read_items
 from llama.command_line import Parser
 from llama.files import fsync, full_disk, stage
 
-DEIDENTIFY = (*identifiers.RULES, *names.RULES)
-RULES = (*tidy.TYPOGRAPHY, *tidy.SPACING, *DEIDENTIFY, *tidy.BOILERPLATE)
+RULES = (*tidy.TYPOGRAPHY, *tidy.SPACING, *identifiers.RULES, *names.RULES, *tidy.BOILERPLATE)
 SUFFIXES = (".report.json", ".report.md", ".diff")  # of what lies beside OUT
 REJECTED = ".rejected.jsonl"
 
@@ -276,9 +275,8 @@ def main(argv: Sequence[str]) -> int:
 
 def _summary(report: Report, target: Path) -> str:
     places = {"identifiers": 0, "boilerplate": 0, "typography and spacing": 0}
-    identifying = {rule.name for rule in DEIDENTIFY}
     for name, n in report.rules.items():
-        kind = "identifiers" if name in identifying else "boilerplate" if name.startswith("boiler") else None
+        kind = "identifiers" if name in IDENTIFYING else "boilerplate" if name.startswith("boiler") else None
         places[kind or "typography and spacing"] += n
     lines = [f"{report.records:,} records read, {report.changed:,} changed, {report.written:,} written to {target}"]
     lines += [f"  {n:,} places: {what}" for what, n in places.items()]

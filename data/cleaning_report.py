@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from data import identifiers, names
 from data.linter import Fault
 from data.names import is_word
 from data.rewrite import PLACEHOLDER, Change
@@ -21,6 +22,7 @@ SAMPLES = 5  # of each rule and each fault
 LISTED = 20  # record numbers of a fault or reason that the Markdown names; the JSON has all
 
 _WORD = re.compile(r"[^\W_]+(?:['’.@-]?[^\W_]+)*")
+IDENTIFYING = frozenset(rule.name for rule in (*identifiers.RULES, *names.RULES))
 ABOUT = {
     "email": "e-mail addresses", "url": "web addresses", "date_of_birth": "dates of birth",
     "record_number": "record, insurance and social security numbers", "address": "postal addresses",
@@ -57,7 +59,7 @@ def shown(change: Change, show: bool) -> tuple[str, str]:
     if show:
         before, left, right = change.before, change.left, change.right
     else:
-        before = masked(change.before, change.after or "-")
+        before = masked(change.before, change.after or "-") if change.rule in IDENTIFYING else change.before
         left, right = masked(change.left), masked(change.right)
     line = [" ".join(part.split("\n")) for part in (left + before + right, left + change.after + right)]
     return line[0], line[1]

@@ -74,7 +74,7 @@ _SSN = re.compile(r"(?<![\w-])(?!000|666)[0-8]\d{2}-(?!00)\d{2}-(?!0000)\d{4}(?!
 
 _PHONE_WORD = re.compile(
     r"\b(?:(?:tele)?phone|tele?|mobile|mob|cell(?:phone)?|call(?:ed|ing)?|contact|fax|whats ?app|ph|hotline|helpline|text|dial|ring|"
-    r"reach(?:ed)?|sms|viber|landline|pager|line|tty|toll[ -]free)(?:[ ]?(?:number|no|num|nr|#))?\b\.?"
+    r"reach(?:ed)?|sms|viber|landline|pager|line|tty|toll[ -]free|(?:my|our|his|her)(?:[ ]\w+)?(?=[ ]number))(?:[ ]?(?:number|no|num|nr|#))?\b\.?"
     r"(?:[ ](?:me|us|him|her|them|number|is|was|at|on|to|my|the|no\.?|directly|back|or)){0,4}[ ]?[:=#(-]{0,2}[ ]?$",
     re.I,
 )
@@ -83,7 +83,7 @@ _PHONES = (
     # with a +: country code and groups; (0) may stand between
     r"\+\s?\d{1,3}[ .\-–/]?(?:\(\d{1,5}\)[ .\-–/]?)?(?:\d{1,5}[ .\-–/]?){1,6}\d",
     # American: 555-123-4567, (555) 123 4567, 1-800-555-0199, and in letters: 1-800-FLOWERS
-    r"(?:(?:00)?1[ .\-–]?)?(?:\([2-9]\d{2}\) ?[-.–]?|[2-9]\d{2}[-.–])\d{3}[ .\-–]?[\dA-Z]{4}\b",
+    r"(?:(?:00)?1[ .\-–]?)?(?:\([2-9]\d{2}\) ?[-.–]?|[2-9]\d{2}[-.–])\d{3}[ .\-–]?[\dA-Z]{4}",
     r"(?:1[ .\-–])?8(?:00|33|44|55|66|77|88)[ .\-–](?=[\dA-Z-]*[A-Z])[\dA-Z]{1,8}(?:[.\-–][\dA-Z]{2,8}){0,2}(?![\w-])",
     # with a trunk or international 0: 020 7946 0958, 07911 123456, 0044 20 7946 0958, (030) 901820
     r"(?:\(0\d{1,5}\)|0\d{1,4})[ .\-–/](?:\d{2,5}[ .\-–/]?){1,4}\d{2,}\b",
@@ -130,7 +130,7 @@ def _phone(m: re.Match[str]) -> str | None:
 
 
 def _announced_phone(m: re.Match[str]) -> str | None:
-    if _DATE.match(m[0]) or _RANGE.match(m[0]) or _round(re.sub(r"\D", "", m[0])):
+    if _DATE.match(m[0]) or (_RANGE.match(m[0]) and len(m[0]) != 8) or _round(re.sub(r"\D", "", m[0])):
         return None
     return "[PHONE]" if _announced(_PHONE_WORD, m) else None
 
@@ -138,20 +138,23 @@ def _announced_phone(m: re.Match[str]) -> str | None:
 # --- postal addresses -----------------------------------------------------------------------------
 
 _PART = rf"(?:[{_UP}][\w'’.-]*|\d{{1,3}}(?:st|nd|rd|th)|[NSEW]\.?)"
+_TOWN_WORD = rf"[{_UP}](?:[^\W\d_]|['’.-])*"
 _STREET = (
     r"(?:Street|St|Avenue|Ave|Av|Road|Rd|Lane|Ln|Drive|Dr|Boulevard|Blvd|Court|Ct|Place|Pl|Way|Terrace|Ter|Close|Crescent|"
     r"Cres|Square|Sq|Highway|Hwy|Parkway|Pkwy|Circle|Cir|Trail|Plaza|Mews|Grove|Gardens|Row|Hill|Walk|Marg|Nagar|Colony|"
-    r"Cross|Main|Layout|Chowk|Salai|Path|Alley|Loop|Heights|Ridge|View|Turnpike|Pike|Quay|Rise|Broadway)"
+    r"Cross|Main|Layout|Chowk|Salai|Path|Alley|Loop|Heights|Ridge|View|Turnpike|Pike|Quay|Rise|Broadway|Extension)"
 )
 _UNIT = r"(?:apartment|apt|suite|ste|unit|flat|floor|fl|room|rm|building|bldg|block|house|door|plot|shop|no|number|#)"
 _STATE = r"(?:A[KLRZ]|C[AOT]|D[CE]|FL|GA|HI|I[ADLN]|K[SY]|LA|M[ADEINOST]|N[CDEHJMVY]|O[HKR]|PA|RI|S[CD]|T[NX]|UT|V[AT]|W[AIVY])"
 _POST_CODE = (
     r"(?:[A-Z]{2} ?,? ?\d{5}(?:-\d{4})?|[A-Z]{1,2}\d[A-Z\d]? ?\d[A-Z]{2}|[A-Z]\d[A-Z] ?\d[A-Z]\d|"
-    r"(?:[A-Z]{1,2}-)?\d{2,3}[ -]?\d{2,3}\b|\d{4} ?[A-Z]{2}\b)"
+    r"[A-Z]\d[\dW] ?[A-Z\d]{4})"
 )
+_TOWN_CODE = r"(?:(?:[A-Z]{1,2}-)?\d{5}(?:-\d{3})?|\d{3} \d{2}|\d{2}-\d{3}|\d{6,8}|(?!(?:19|20)\d\d\b)\d{4}(?: ?[A-Z]{2}\b)?)\b"
 _TOWN = (
     rf"(?:,?\s(?i:{_UNIT})\.?[ ]?#?[\w-]+)?"
-    rf"(?:(?:,[ ]?\n?|\n)(?:{_PART}(?:[ ]{_PART}){{0,3}}[ ]?-?)?(?:[ ]?,?[ ]?{_POST_CODE}(?![\w-]))?){{0,4}}"
+    rf"(?:(?:,[ ]?\n?|\n)(?:{_TOWN_WORD}(?:[ ]{_TOWN_WORD}){{0,3}}[ ]?-?)?(?:[ ]?,?[ ]?{_POST_CODE}(?![\w-])|"
+    rf"[ ]?{_TOWN_CODE}(?:,?[ ]{_TOWN_WORD}(?:[ -]{_TOWN_WORD}){{0,2}})?)?){{0,4}}"
 )
 _NUMBER = r"\d{1,5}(?:[A-Z]|-\d{1,4}[A-Z]?|/\d{1,4}[A-Z]?|[ ]?bis)?"
 _UNIT_BEFORE = re.compile(rf"(?:\b{_UNIT}\.?[ ]?#?[\w/-]{{1,6}},?|#[\w/-]{{1,6}},)[ ]$", re.I)
@@ -166,23 +169,39 @@ _FLAT = re.compile(
 )
 _BOX = re.compile(rf"\b(?i:P\.?[ ]?O\.?[ ]?Box)[ ]#?\d+{_TOWN}")
 _FOREIGN = re.compile(
-    rf"\b(?:[{_UP}][\w-]*(?:stra(?:ß|ss)e|str\.|weg|platz|allee|gasse|straat|laan|gade|vej|gatan|vägen|katu|gata)|"
-    rf"(?:Rue|Via|Viale|Piazza|Corso|Calle|Avenida|Av\.|Paseo|Plaza|Carrer|Rua|Travessa|Praça|Largo|ul\.|ulica|aleja)"
-    rf"(?:[ ](?:de|del|della|dei|di|da|do|dos|das|la|las|los|du|des|l'|d'|y))*(?:[ ]{_PART}){{1,3}}),?[ ]{_NUMBER}{_TOWN}(?!\w)"
+    rf"\b(?:[{_UP}][\w-]*(?:stra(?:ß|ss)e|str\.|weg|platz|allee|gasse|straat|laan|gade|vej|gatan|vägen|katu|tie|kuja|polku|gata|stigen|gränd)|"
+    rf"(?:Rue|Via|Viale|Piazza|Corso|Calle|Avenida|Av\.|Paseo|Plaza|Carrer|Rua|Travessa|Praça|Largo|ul\.|ulica|aleja|al\.|plac|pl\.|osiedle|os\.|Fazenda|Vereda|Sítio|Ladeira|Alameda|Condomínio|Conjunto|Estrada|"
+    rf"Rodovia|Quadra|Beco|Viela|Camino|Pasaje|Urbanización|Callejón|Ronda|Glorieta|Cuesta|Strada|Bulevardul|Aleea|Calea|"
+    rf"Intrarea|Jalan|Jl\.|Gang|Gg\.|Vicolo|Contrada|Borgo|Piazzale)"
+    rf"(?:[ ](?:de|del|della|dei|di|da|do|dos|das|la|las|los|du|des|l'|d'|y))*(?:[ ]{_PART}){{1,3}}),?[ ](?:No\.?[ ]?)?{_NUMBER}{_TOWN}(?!\w)"
 )
 _FOREIGN_KEYS = (
     "straße", "strasse", "str.", "weg ", "platz", "allee", "gasse", "straat", "laan ", "gade ", "vej ", "gatan", "vägen", "katu ",
     "gata ", "Rue ", "Via ", "Viale ", "Piazza", "Corso ", "Calle ", "Avenida", "Av. ", "Paseo", "Plaza ", "Carrer", "Rua ",
-    "Travessa", "Praça", "Largo ", "ul.", "ulica", "aleja",
+    "Travessa", "Praça", "Largo ", "ul.", "ulica", "aleja", "al. ", "plac ", "pl. ", "osiedle", "os. ", "Fazenda", "Vereda", "Sítio", "Ladeira", "Alameda",
+    "Condomínio", "Conjunto", "Estrada", "Rodovia", "Quadra", "Beco", "Viela", "Camino", "Pasaje", "Urbaniz", "Callej", "Ronda",
+    "Glorieta", "Cuesta", "Strada", "Bulevardul", "Aleea", "Calea", "Intrarea", "Jalan", "Jl.", "Gang ", "Gg.", "Vicolo",
+    "Contrada", "Borgo", "Piazzale", "tie ", "kuja ", "polku ", "stigen", "gränd",
 )  # fmt: skip
 _LIVE_AT = re.compile(
     r"\b((?:my|our|his|her|home|postal|mailing|the)[ ](?:home[ ]|postal[ ]|mailing[ ])?address(?:[ ]is|:)[ ]|"
     r"(?:i|we|he|she)[ ](?:live|lives|reside|resides|stay)[ ]at[ ]|\baddress:[ ])"
     r"((?=[^.;!?\n]{0,60}\d)[^;!?\n]{4,100}?)"
-    r"(?=[.;!?](?:\s|$)|\n|$|[ ](?:and|but|because|since|with|for|where|which)[ ])",
+    r"(?=(?<!\bapt)(?<!\bste)(?<!\bno)(?<!\bst)(?<!\bave)(?<!\brd)(?<!\bul)(?<!\bal)(?<!\bos)(?<!\bpl)(?<!\bbldg)(?<!\bstr)(?<!\bjl)"
+    r"(?<!\bp)(?<!\bo)[.;!?](?:\s|$)|\n|$|[ ](?:and|but|because|since|with|for|where|which)[ ])",
     re.I,
 )
 _BRITISH_CODE = re.compile(r"(?<![\w-])[A-Z]{1,2}\d[A-Z\d]? \d[ABD-HJLNP-UW-Z]{2}(?![\w-])")
+_CODE_AND_TOWN = re.compile(
+    rf"(?<![\w\[])(?:{_PART}[ ]){{1,4}}{_NUMBER}(?:[ ,]+(?i:{_UNIT})\.?[ ]?[\w/-]+)?[ ]?,[ ](?:{_TOWN_WORD},?[ ])?{_TOWN_CODE},?[ ]"
+    rf"{_TOWN_WORD}(?:[ -]{_TOWN_WORD}){{0,2}}|"
+    rf"(?<![\w.,/@\[-]){_NUMBER}[ ](?:{_PART}[ ]?){{1,4}}(?:(?i:{_UNIT})\.?[ ]?[\w/-]+)?,[ ](?:{_TOWN_WORD}[ ]?){{1,3}},[ ]{_STATE}[ ]\d{{5}}"
+)
+# What stands around an address that was found: a flat before it, a town or a region after it.
+_AROUND = re.compile(
+    rf"(?:\b(?i:{_UNIT})\.?[ ]?#?[\w/-]{{1,6}},?[ ])?\[ADDRESS\](?:[ ]?,?[ ]\[ADDRESS\])*"
+    rf"(?:[ ]?,[ ](?!I\b|[TM]h?ank|My|Please|And|But)(?:\d{{4,6}}[ ])?{_TOWN_WORD}(?:[ ]{_TOWN_WORD}){{0,3}}(?=[,;)\n]|\.(?:\s|$)|$))*"
+)
 _TOWN_ZIP = re.compile(rf"(?<![\w\[])(?:{_PART}[ ]){{0,2}}{_PART},[ ]{_STATE}[ ]\d{{5}}(?:-\d{{4}})?(?!\w)")
 
 
@@ -215,8 +234,10 @@ RULES = (
     Rule("address", _FLAT, _address, ("flat", "plot", "door", "house", "shop", "apart", "apt"), guard=_FIVE),
     Rule("address", _BOX, _address, ("box",)),
     Rule("address", _FOREIGN, _address, _FOREIGN_KEYS, guard=_FIGURE, cased=True),
+    Rule("address", _CODE_AND_TOWN, _address, guard=re.compile(r", [\w ]*\d{2}[\d -]{2}")),
     Rule("address", _TOWN_ZIP, _placed("[ADDRESS]"), guard=re.compile(r", [A-Z]{2} \d{5}")),
     Rule("address", _BRITISH_CODE, _placed("[ADDRESS]"), guard=re.compile(r"\d[A-Z\d]? \d[A-Z]{2}")),
+    Rule("address", _AROUND, _placed("[ADDRESS]"), ("[address]",), drops=True),
     Rule("phone", _ANY_PHONE, _announced_phone, guard=_GAPPED),
     Rule("phone", _PHONE, _phone, guard=_GAPPED),
 )

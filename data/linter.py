@@ -18,17 +18,17 @@ class Fault:
 
 
 _SITE = r"(?:Chat ?Doctor|Health ?Care ?Magic)"
-_ROLES = r"(?:Patient|Doctor|ChatDoctor|Human|User|Assistant|AI|GPT|System)"
+_ROLES = r"(?:Patient|Doctor|ChatDoctor|Human|User|Assistant)"
 # fault: (pattern, only in answers)
 _FAULTS: dict[str, tuple[re.Pattern[str], bool]] = {
-    "role_leak": (re.compile(rf"(?:^|(?<=[\s.!?\"']))(?:###\s*)?{_ROLES}\s?: "), True),
+    "role_leak": (re.compile(rf"(?:^|[.!?\"'\n)]\s*|###\s*){_ROLES}\s?: "), True),
     "prompt_leak": (
         re.compile(
             r"generate (?:a |the )?(?:dialogue|conversation)s? between|following diseases? and symptoms|"
             r"### (?:Instruction|Input|Response)|Below is an instruction that describes|If you are a doctor, please answer the medical",
             re.I,
         ),
-        False,
+        True,
     ),
     "language_model": (
         re.compile(r"\b(?:as|I am|I'm) (?:just )?an? (?:AI|artificial intelligence|(?:large )?language model)\b", re.I),

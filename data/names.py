@@ -144,7 +144,7 @@ def _greeting(m: re.Match[str]) -> str | None:
         return None
     follows = m["name"][len(name) :] + rest
     ends = re.match(r"\s*(?:[,!.:;\n-]|$)|[ ](?:I\b|and\b|how\b|my\b|thank)", follows)
-    if not m["title"] and not ends:
+    if not m["title"] and (not ends or ("," in m[0] and not _known(name))):  # "Hi, Medrol"
         return None
     hello = _GREET_WORD.match(m[0])[0]  # type: ignore[index]
     if m["title"] and _DOCTORS.match(m["title"]):
@@ -162,7 +162,7 @@ _CLOSING = (
 )
 _THANKING = r"(?:(?:many|so much|with)[ ])?(?:thanks|thank you|thx|take care|god bless|bye|good luck|all the best)(?:[ ](?:so much|very much|again|a lot|in advance|for your (?:help|time)))*"
 _SIGN_OFF = re.compile(
-    rf"(?:^|(?<=[\w.!?)\],\n]))[ \n]*(?:(?i:(?P<closing>{_CLOSING}))|(?i:(?P<thanks>{_THANKING})))[ ]?[,.!:;–-]*\s*(?:from\s)?"
+    rf"(?:^|(?<=[^\s]))[ \n]*(?<![\w-])(?:(?i:(?P<closing>{_CLOSING}))|(?i:(?P<thanks>{_THANKING})))[ ]?[,.!:;–-]*\s*(?:from\s)?"
     rf"(?P<person>{_PERSON}|[^\W\d_]{{2,}}){_ROLE}[ ]?[.!]*\s*$"
 )
 _DASHED = re.compile(
@@ -176,7 +176,7 @@ def _person_is_named(person: str) -> bool:
     bare = person[titled.end() :] if titled else person
     if not bare[0].isupper() and bare[0].lower() != bare[0].upper():
         return bare.lower() in _NAMES
-    return bool(_name(bare, "")) or bool(titled)
+    return bool(titled) or any(not is_word(token) for token in bare.split() if token[0].isupper() or not token.isascii())
 
 
 def _sign_off(m: re.Match[str]) -> str | None:
@@ -258,7 +258,7 @@ def _i_am(m: re.Match[str]) -> str | None:
     if found[0].islower():
         return m[1] + "[NAME]" if found in _NAMES and re.match(r"i|this is|here", m[1], re.I) else None
     name = _name(found, rest)
-    if not name or (name in _EPONYMS and not _known(name)):
+    if not name:
         return None
     after = found[len(name) :] + rest
     if not (_known(name) or _AGE_OR_PLACE.match(after)):
