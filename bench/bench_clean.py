@@ -3,10 +3,13 @@
     python bench/bench_clean.py [--each 300] [--seed 0] [--list]
 
 Reads ../shared/data. Recall: identifiers in sentence frames (bench/clean_frames.py), injected into MedQuAD answers and
-ChatDoctor's 5k; one is found when no word of it is left. Damage: words that the rules change in MedQuAD's 16,407 answers
-and that are no identifier, of all words. MedQuAD does hold telephone numbers, addresses and names; bench/clean_judged.txt
+ChatDoctor's 5k; one is found when no word of it is left. Damage: words that the rules change in MedQuAD's 16,407
+answers
+and that are no identifier, of all words. MedQuAD does hold telephone numbers, addresses and names;
+bench/clean_judged.txt
 lists the hashes of those replacements that a person read and found to be identifiers, and everything else counts as
-damage and is printed (--list prints every replacement, to judge). Clinical words: every word with "dr" in MedQuAD and in
+damage and is printed (--list prints every replacement, to judge). Clinical words: every word with "dr" in MedQuAD and
+in
 format_dataset.csv, in several sentences. Throughput: process time of one core. Writes bench/results/clean_cpu.json.
 """
 
@@ -32,12 +35,21 @@ from report import RESULTS, write
 from data.clean import clean
 from data.duplicates import Duplicates
 from data.linter import faults
-from data.rewrite import Change
+from data.rewrite import PLACEHOLDER, Change
 
 DATA = ROOT.parent / "shared/data"
 JUDGED = ROOT / "bench/clean_judged.txt"
 WORD = re.compile(r"\w+")
-CARRIERS = ("{}", "The {} was given.", "my {} is low", "Dr. {} therapy", "I take {}, daily", "This is {}.", "Hi, {}", "{} - {}")
+CARRIERS = (
+    "{}",
+    "The {} was given.",
+    "my {} is low",
+    "Dr. {} therapy",
+    "I take {}, daily",
+    "This is {}.",
+    "Hi, {}",
+    "{} - {}",
+)
 TYPOGRAPHY = ("spaces", "characters", "zero_width")  # change no word
 
 
@@ -83,6 +95,10 @@ def injected(host: str, sentence: str, rng: random.Random) -> str:
     return f"{host[:at]}{sentence} {host[at:]}"
 
 
+def _words(text: str) -> Counter[str]:
+    return Counter(WORD.findall(PLACEHOLDER.sub(" ", text)))
+
+
 def damage(answers: list[str], list_all: bool) -> dict[str, Any]:
     """Words changed that were no identifier, and the speed."""
     judged = set(JUDGED.read_text().split()) if JUDGED.exists() else set()
@@ -93,7 +109,7 @@ def damage(answers: list[str], list_all: bool) -> dict[str, Any]:
     seconds = time.process_time() - started
     real, wrong, words_lost = 0, [], 0
     for c in changes:
-        lost = sum((Counter(WORD.findall(c.before)) - Counter(WORD.findall(c.after))).values())
+        lost = sum((_words(c.before) - _words(c.after)).values())
         if c.rule in TYPOGRAPHY or not lost:
             continue
         key = hashlib.sha256(f"{c.rule}|{c.before}".encode()).hexdigest()[:16]
@@ -117,7 +133,9 @@ def damage(answers: list[str], list_all: bool) -> dict[str, Any]:
 
 def clinical_words(answers: list[str]) -> dict[str, Any]:
     table = (DATA / "chatdoctor/format_dataset.csv").read_text()
-    found = {w for text in (*answers, table) for w in re.findall(r"[A-Za-z]+(?:[-'][A-Za-z]+)*", text) if "dr" in w.lower()}
+    found = {
+        w for text in (*answers, table) for w in re.findall(r"[A-Za-z]+(?:[-'][A-Za-z]+)*", text) if "dr" in w.lower()
+    }
     found -= {"Dr", "Drs", "DR"}
     # Not in the third carrier's place of a person, where a capitalised word is read as one.
     changed = [t for w in sorted(found) for c in CARRIERS if not (c.startswith("Dr.") and w[0].isupper())
@@ -150,7 +168,11 @@ def main() -> None:
     p.add_argument("--output", type=Path, default=RESULTS / "clean_cpu.json")
     args = p.parse_args()
     answers, records = medquad(), chatdoctor()
-    hosts = [a for a in answers if 100 < len(a) < 1500][:4000] + [r["input"] for r in records] + [r["output"] for r in records]
+    hosts = (
+        [a for a in answers if 100 < len(a) < 1500][:4000]
+        + [r["input"] for r in records]
+        + [r["output"] for r in records]
+    )
     results: dict[str, Any] = {}
     if args.only in (None, "recall"):
         for half in FRAMES:

@@ -2,7 +2,8 @@
 
 Two halves. "seen": frames, lists and locales of Faker that the rules were written beside. "held out": other frames and
 other locales, whose misses nobody looked at. Faker's names, telephone numbers, addresses and e-mails were written by
-others; names that data/cleaning/names.txt lists are left out, so that nothing is found by having been listed. {x} is the identifier; "^" marks a frame for the
+others; names that data/cleaning/names.txt lists are left out, so that nothing is found by having been listed. {x} is
+the identifier; "^" marks a frame for the
 beginning of a text, "$" one for its end.
 """
 
@@ -18,71 +19,87 @@ from data.rewrite import words
 
 Make = Callable[[random.Random], str]
 LOCALES = {
-    "seen": ("en_US", "de_DE", "fr_FR", "es_ES", "pl_PL", "nl_NL", "pt_BR", "cs_CZ", "fil_PH", "hr_HR", "en_NZ", "en_IE"),
+    "seen": ("en_US", "de_DE", "fr_FR", "es_ES", "pl_PL", "nl_NL", "pt_BR", "cs_CZ", "fil_PH", "hr_HR", "en_NZ",
+    "en_IE"),
     "held out": (
-        "en_GB", "en_CA", "en_AU", "en_IN", "it_IT", "tr_TR", "sv_SE", "ro_RO", "hu_HU", "yo_NG", "id_ID", "fi_FI", "de_AT", "es_MX",
+        "en_GB", "en_CA", "en_AU", "en_IN", "it_IT", "tr_TR", "sv_SE", "ro_RO", "hu_HU", "yo_NG", "id_ID", "fi_FI",
+        "de_AT", "es_MX",
     ),
 }  # fmt: skip
 
 FRAMES = {
     "seen": {
         "name after a title": (
-            "I saw Dr. {full} last week about this.", "Dr {last} prescribed it.", "My doctor, Dr. {full}, told me to rest.",
+            "I saw Dr. {full} last week about this.", "Dr {last} prescribed it.",
+            "My doctor, Dr. {full}, told me to rest.",
             "Mrs. {last} has the same problem.", "Prof. {full} operated on me.", "I asked Mr {last} at the clinic.",
         ),
         "sign-off": (
-            "$Regards,\nDr. {full}", "$Best wishes, {full}", "$Sincerely,\n{full}, MD", "$Thanks, {first}", "$Kind regards {first}",
+            "$Regards,\nDr. {full}", "$Best wishes, {full}", "$Sincerely,\n{full}, MD", "$Thanks, {first}",
+            "$Kind regards {first}",
             "$- {full}, MD", "$Take care, Dr. {last}",
         ),
-        "greeting": ("^Hi Dr. {last}, ", "^Hello {first}, ", "^Dear Dr {full},\n", "^Hello Doctor {last}. ", "^Dear Mr. {last}, "),
+        "greeting": ("^Hi Dr. {last}, ", "^Hello {first}, ", "^Dear Dr {full},\n", "^Hello Doctor {last}. ",
+        "^Dear Mr. {last}, "),
         "introduction": (
             "My name is {full} and I need advice.", "I am {first}, 45 years old.", "This is {full} from the clinic.",
             "my name is {lower}.", "My name's {first}.",
         ),
-        "relation": ("My son {first} has it too.", "My husband, {full}, is worried.", "Her daughter {first} was born early."),
+        "relation": ("My son {first} has it too.", "My husband, {full}, is worried.",
+        "Her daughter {first} was born early."),
         "phone": ("Call me at {x}.", "My number is {x}.", "You can reach us on {x} any time.", "Phone: {x}."),
         "email": ("Write to {x} please.", "My email is {x}."),
-        "record number": ("MRN: {x}.", "My patient ID is {x}.", "Case no. {x} was opened.", "The hospital number {x} is mine."),
+        "record number": ("MRN: {x}.", "My patient ID is {x}.", "Case no. {x} was opened.",
+        "The hospital number {x} is mine."),
         "address": ("I live at {x}.", "My address is {x}.", "Please send it to {x}."),
         "date of birth": ("DOB: {x}.", "I was born on {x}.", "My date of birth is {x}."),
     },
     "held out": {
         "name after a title": (
-            "The tablets come from Dr {full}.", "We were sent to Prof. {last} for a second look.", "Then Ms. {full} took my blood.",
-            "According to Dr. {last}'s letter it is harmless.", "Is Mr. {full} right?", "Last year Doctor {full} found a cyst.",
+            "The tablets come from Dr {full}.", "We were sent to Prof. {last} for a second look.",
+            "Then Ms. {full} took my blood.",
+            "According to Dr. {last}'s letter it is harmless.", "Is Mr. {full} right?",
+            "Last year Doctor {full} found a cyst.",
         ),
         "sign-off": (
-            "$Yours sincerely,\nDr {full}", "$Warm regards,\n{full}", "$Many thanks,\n{first} {last}", "$With best wishes,\n{first}",
+            "$Yours sincerely,\nDr {full}", "$Warm regards,\n{full}", "$Many thanks,\n{first} {last}",
+            "$With best wishes,\n{first}",
             "$Dr. {full}, MBBS, MD", "$Cheers, {first}", "$Thank you, {full}",
         ),
         "greeting": (
-            "^Good morning Dr. {full}, ", "^Hey {first}, ", "^Dear {first},\n", "^Hello Dr {last} ", "^Good evening Mrs {last}. ",
+            "^Good morning Dr. {full}, ", "^Hey {first}, ", "^Dear {first},\n", "^Hello Dr {last} ",
+            "^Good evening Mrs {last}. ",
         ),
         "introduction": (
-            "Hello, my name is {full}, I need a second opinion.", "I'm {full}, a 36 year old woman.", "My name: {full}.",
+            "Hello, my name is {full}, I need a second opinion.", "I'm {full}, a 36 year old woman.",
+            "My name: {full}.",
             "This is {first}, and I am worried.", "I am {full} from the north.", "my name is {lower} and i feel sick.",
         ),
         "relation": (
             "My wife {first} cannot sleep.", "Our baby, {first}, cries all night.", "His mother {full} had cancer.",
             "My friend {full} had this.",
         ),
-        "phone": ("Please phone {x} tomorrow.", "Mobile {x}.", "I can be contacted on {x} after six.", "Tel. {x}, evenings only."),
+        "phone": ("Please phone {x} tomorrow.", "Mobile {x}.", "I can be contacted on {x} after six.",
+        "Tel. {x}, evenings only."),
         "email": ("Reports go to {x}, thanks.", "Contact: {x}", "(mail {x})"),
         "record number": (
             "Medical record number {x}, ward 4.", "My insurance policy number is {x}.", "Chart #{x} has the details.",
             "Patient No: {x}", "File number {x} says otherwise.",
         ),
         "address": ("Our home address is {x}.", "She lives at {x}.", "The parcel went to {x}, not to me."),
-        "date of birth": ("Born: {x}.", "My birthday is {x}.", "Date of birth {x}, male.", "She was born {x} in a small town."),
+        "date of birth": ("Born: {x}.", "My birthday is {x}.", "Date of birth {x}, male.",
+        "She was born {x} in a small town."),
     },
 }  # fmt: skip
 
 _FIRST = (
-    "Oluwaseun", "Ngozi", "Thandiwe", "Siobhan", "Wojciech", "Ayaan", "Xiomara", "Dagny", "Quentin", "Bronislava", "Tadeusz",
+    "Oluwaseun", "Ngozi", "Thandiwe", "Siobhan", "Wojciech", "Ayaan", "Xiomara", "Dagny", "Quentin", "Bronislava",
+    "Tadeusz",
     "Nguyet", "Zlata", "Ilse", "Rutger", "Candelaria", "Fionnuala", "Mbali", "Parveen", "Haluk", "Jean-Luc", "Ødger",
 )  # fmt: skip
 _LAST = (
-    "Abernathy", "Okonkwo", "Szymanski", "van der Meer", "O'Shaughnessy", "Al-Rashid", "Krishnamurthy", "Grünwald", "Håkansson",
+    "Abernathy", "Okonkwo", "Szymanski", "van der Meer", "O'Shaughnessy", "Al-Rashid", "Krishnamurthy", "Grünwald",
+    "Håkansson",
     "de la Cruz", "Yildirim", "Papandreou", "Featherstone", "Nkemelu", "Vuković", "Çelik", "McAllister", "Tanaka-Hill",
 )  # fmt: skip
 _STREETS = ("Maple Street", "Old Mill Road", "Elm Avenue", "King's Lane", "Park Drive", "Station Rd", "Hill St")
@@ -120,10 +137,19 @@ def makers(half: str) -> dict[str, Make]:
     else:
         records = ("########", "AB-######", "##-####-##", "H#######")
         dates = ("%d/%m/%Y", "%m-%d-%Y", "%B %d, %Y", "%d %b %Y")
-        phones = ("(###) ###-####", "###-###-####", "+44 20 #### ####", "+91 ##### #####", "+1 ###.###.####", "0## #### ####")
+        phones = (
+            "(###) ###-####",
+            "###-###-####",
+            "+44 20 #### ####",
+            "+91 ##### #####",
+            "+1 ###.###.####",
+            "0## #### ####",
+        )
         own: dict[str, Make] = {
             "phone": lambda r: digits(r, r.choice(phones)),
-            "email": lambda r: f"{r.choice(_FIRST).lower()}.{r.randint(1, 99)}@{r.choice(('example.com', 'mail.co.uk'))}",
+            "email": lambda r: (
+                f"{r.choice(_FIRST).lower()}.{r.randint(1, 99)}@{r.choice(('example.com', 'mail.co.uk'))}"
+            ),
             "address": lambda r: f"{r.randint(1, 999)} {r.choice(_STREETS)}, {r.choice(_TOWNS)}",
         }
         made = {kind: _either(own[kind], made[kind]) for kind in own}
@@ -160,7 +186,9 @@ def people(half: str) -> Callable[[random.Random], tuple[str, str]]:
     return person
 
 
-def filled(kind: str, frame: str, rng: random.Random, make: dict[str, Make], person: Callable[..., tuple[str, str]]) -> tuple[str, str]:
+def filled(
+    kind: str, frame: str, rng: random.Random, make: dict[str, Make], person: Callable[..., tuple[str, str]]
+) -> tuple[str, str]:
     """A frame with an identifier in it, and the identifier."""
     if kind in make:
         x = make[kind](rng)

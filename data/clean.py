@@ -2,7 +2,8 @@
 
 `python -m data.prepare clean IN OUT`. Any shape that records.py reads; every field that is no text of the dialogue
 stays as it is, and so does a record in which nothing changes, byte for byte. IN is never written to. OUT appears whole,
-after its report and diff, or not at all. The rules live elsewhere: identifiers.py, names.py, tidy.py; faults are named by
+after its report and diff, or not at all. The rules live elsewhere: identifiers.py, names.py, tidy.py; faults are named
+by
 linter.py and repeats by duplicates.py.
 """
 

@@ -1,6 +1,7 @@
 """Grammar corrections from a LanguageTool server that the user runs. Called by clean.py when a server is named.
 
-Only what is certain enough to apply unseen: one suggestion, in grammar, punctuation, capitals or typography. Spelling is
+Only what is certain enough to apply unseen: one suggestion, in grammar, punctuation, capitals or typography. Spelling
+is
 left alone, since LanguageTool's dictionaries know few drugs and would "correct" them; so are words in capitals or with
 digits, and whatever touches a placeholder.
 """

@@ -1,4 +1,5 @@
-"""Faults that real medical dialogue data are full of, found in a text and named. Called by clean.py; changes nothing."""
+"""Faults that real medical dialogue data are full of, found in a text and named. Called by clean.py; changes
+nothing."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ _FAULTS: dict[str, tuple[re.Pattern[str], bool]] = {
     "prompt_leak": (
         re.compile(
             r"generate (?:a |the )?(?:dialogue|conversation)s? between|following diseases? and symptoms|"
-            r"### (?:Instruction|Input|Response)|Below is an instruction that describes|If you are a doctor, please answer the medical",
+            r"### (?:Instruction|Input|Response)|Below is an instruction that describes|"
+            r"If you are a doctor, please answer the medical",
             re.I,
         ),
         True,

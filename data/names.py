@@ -16,11 +16,13 @@ import re
 from data.rewrite import Rule, words
 
 _NOT_NAMES = words("not_names.txt")
-_NAMES = words("names.txt") - _NOT_NAMES
+_NOT_ALONE = words("not_names_alone.txt")
+_NAMES = words("names.txt") - _NOT_NAMES - _NOT_ALONE
 _EPONYMS = words("eponyms.txt", fold=False)
 _CLINICAL = words("clinical_nouns.txt")
 _CLINICAL_END = re.compile(
-    r"(?:tion|osis|itis|[ae]mia|pathy|ology|logist|ectomy|scopy|graphy|trophy|phobia|oma|uria|plegia|plasty|ically|azole|"
+    r"(?:tion|osis|itis|[ae]mia|pathy|ology|logist|ectomy|scopy|graphy|trophy|phobia|oma|uria|plegia|plasty|"
+    r"ically|azole|"
     r"cillin|mycin|olol|pril|sartan|statin|idine|prazole|tidine|azepam|mab|tinib|vir|ness)s?$"
 )
 
@@ -34,24 +36,37 @@ _PARTICLE = (
     r"(?:(?:van|von|de|del|della|di|da|dos|das|du|do|la|le|los|las|den|der|ten|ter|bin|binti|bint|ibn|al|el|ul|abu|"
     r"af|zu|y|e|st\.|'t)[ ]){1,3}"
 )
-_FULL = rf"(?:{_PARTICLE})?(?:{_INITIAL}[ ]?)*{_NAME}(?:[ ](?:{_PARTICLE})?(?:{_INITIAL}[ ]?)*{_NAME}|[ ]{_INITIAL}(?=[ ]?(?:[,;!?\n]|$))){{0,4}}"
-_TITLE = r"(?:Drs?|DR(?=\.)|Profs?|PROF(?=\.)|Mrs?|MRS?(?=\.)|Ms|Mx|Miss|Doctor|DOCTOR|Professor|Nurse|Sister|Herr|Frau|Señor|Sra?|Mme|Shri|Smt)"
+_FULL = (
+    rf"(?:{_PARTICLE})?(?:{_INITIAL}[ ]?)*{_NAME}(?:[ ](?:{_PARTICLE})?(?:{_INITIAL}[ ]?)*{_NAME}|"
+    rf"[ ]{_INITIAL}(?=[ ]?(?:[,;!?\n]|$))){{0,4}}"
+)
+_TITLE = (
+    r"(?:Drs?|DR(?=\.)|Profs?|PROF(?=\.)|Mrs?|MRS?(?=\.)|Ms|Mx|Miss|Doctor|DOCTOR|Professor|Nurse|Sister|Herr|"
+    r"Frau|Señor|Sra?|Mme|Shri|Smt)"
+)
 _TITLES = rf"(?:{_TITLE}(?:\.[ ]?|[ ]|[ ]?\xa0)(?:med\.[ ]?|(?:and|&)[ ](?={_TITLE}))?){{1,3}}"
 _DEGREE = (
-    r"(?:M\.?D|M\.?B\.?B\.?S|MBChB|MBBCh|B\.?D\.?S|D\.O|DO|Ph\.?D|R\.?N|B\.?Sc|M\.?Sc|M\.?S|M\.?Ch|D\.?M|D\.?N\.?B|FRCS|MRCP|MRCGP|MRCS|"
-    r"FRCP|FACS|FACC|FACP|FAAP|FAAN|FAAFP|F\.?C\.?P\.?S|DCH|DGO|NP|FNP|PA-C|DDS|DMD|DPM|PharmD|DPT|LCSW|BHMS|BAMS|MPH|Esq)\b\.?(?:[ ]?\([\w .]{2,30}\))?"
+    r"(?:M\.?D|M\.?B\.?B\.?S|MBChB|MBBCh|B\.?D\.?S|D\.O|DO|Ph\.?D|R\.?N|B\.?Sc|M\.?Sc|M\.?S|M\.?Ch|D\.?M|"
+    r"D\.?N\.?B|FRCS|MRCP|MRCGP|MRCS|"
+    r"FRCP|FACS|FACC|FACP|FAAP|FAAN|FAAFP|F\.?C\.?P\.?S|DCH|DGO|NP|FNP|PA-C|DDS|DMD|DPM|PharmD|DPT|LCSW|BHMS|"
+    r"BAMS|MPH|Esq)\b\.?(?:[ ]?\([\w .]{2,30}\))?"
 )
 _DEGREES = rf"(?:,?[ ]{{0,2}}\(?{_DEGREE}\)?)+"
 _TOKEN = re.compile(rf"(?:{_PARTICLE})|{_INITIAL}|{_NAME}")
 _DEGREE_WORD = re.compile(_DEGREE)
 
 
-def is_word(token: str) -> bool:
-    """Whether a capitalised word is no name: everyday, clinical, or a degree."""
+def is_word(token: str, titled: bool = False) -> bool:
+    """Whether a capitalised word is no name: everyday, clinical, or a degree. titled: it stands after a title."""
     folded = token.lower().rstrip(".")
     if folded in _NAMES:
         return False
-    if folded in _NOT_NAMES or folded in _CLINICAL or _CLINICAL_END.search(folded):
+    if (
+        (not titled and folded in _NOT_ALONE)
+        or folded in _NOT_NAMES
+        or folded in _CLINICAL
+        or _CLINICAL_END.search(folded)
+    ):
         return True
     parts = re.split(r"['’-]", folded)  # "I'm", "Covid-19", "Follow-up"
     return (len(parts) > 1 and (parts[0] in _NOT_NAMES or parts[0] in ("i", "don", "can", "didn"))) or bool(
@@ -59,7 +74,7 @@ def is_word(token: str) -> bool:
     )
 
 
-def _name(found: str, rest: str) -> str:
+def _name(found: str, rest: str, titled: bool = False) -> str:
     """The leading part of `found` that can be a name, "" for none. rest: the text that follows `found`."""
     kept = 0
     single = None
@@ -68,7 +83,7 @@ def _name(found: str, rest: str) -> str:
         if token in _EPONYMS:
             if _is_term(found[m.end() :] + rest):
                 break
-        elif not token.endswith((".", " ")) and is_word(token):
+        elif not token.endswith((".", " ")) and is_word(token, titled):
             break
         if not token.endswith(" "):
             kept = m.end()
@@ -105,7 +120,7 @@ _SPOKEN_TITLE = re.compile(r"(?:Doctor|DOCTOR|Nurse|Miss|Sister|Sr|Sra|Professor
 
 def _titled(m: re.Match[str]) -> str | None:
     rest = m.string[m.end(2) :]
-    name = m[2] if re.fullmatch(_INITIAL, m[2]) else _name(m[2], rest)
+    name = m[2] if re.fullmatch(_INITIAL, m[2]) else _name(m[2], rest, titled=True)
     if not name or (len(name) == 2 and name[0] in "AI"):  # "I asked the Dr. A. ..." is no name; neither is "I."
         return None
     if _SPOKEN_TITLE.match(m[1]) and name.isupper() and not _known(name):
@@ -129,7 +144,8 @@ def _titled_lower(m: re.Match[str]) -> str | None:
 
 _HELLO = r"(?:Hi|Hello|Hey|Hallo|Dear|Hii|Good (?:morning|afternoon|evening|day)|Greetings|Namaste|Salam|Welcome)"
 _GREETING = re.compile(
-    rf"(?:^|(?<=[.!?\n,])[ ]?)\s*(?:(?i:{_HELLO}),?[ ])(?i:dear[ ]|there[ ])?(?P<title>(?i:{_TITLES}))?(?P<name>{_FULL}|[^\W\d_]{{2,}}(?=\s*[,!.\n]))",
+    rf"(?:^|(?<=[.!?\n,])[ ]?)\s*(?:(?i:{_HELLO}),?[ ])(?i:dear[ ]|"
+    rf"there[ ])?(?P<title>(?i:{_TITLES}))?(?P<name>{_FULL}|[^\W\d_]{{2,}}(?=\s*[,!.\n]))",
     re.M,
 )
 _GREET_WORD = re.compile(rf"\s*{_HELLO}", re.I)
@@ -139,7 +155,7 @@ _DOCTORS = re.compile(r"(?:dr|prof|doctor)", re.I)
 def _greeting(m: re.Match[str]) -> str | None:
     rest = m.string[m.end() :]
     cased = m["name"][0].isupper() or m["name"][0].lower() == m["name"][0].upper()
-    name = _name(m["name"], rest) if cased else m["name"]
+    name = _name(m["name"], rest, bool(m["title"])) if cased else m["name"]
     if not name or (not cased and name.lower() not in _NAMES):
         return None
     follows = m["name"][len(name) :] + rest
@@ -157,16 +173,22 @@ def _greeting(m: re.Match[str]) -> str | None:
 _ROLE = r"(?:[ ,&/|\n-]{1,3}(?:and[ ]|of[ ]|in[ ])?[A-Z][\w.()-]*){0,7}"
 _PERSON = rf"(?:{_TITLES})?(?:{_FULL}|{_INITIAL})(?:{_DEGREES})?"
 _CLOSING = (
-    r"(?:(?:thanks?(?:[ ]you)?|with|kind(?:est)?|best|warm(?:est)?|many|yours|your|most|very|sincere|good|and|&|my|in)[,]?[ ])*"
+    r"(?:(?:thanks?(?:[ ]you)?|with|kind(?:est)?|best|warm(?:est)?|many|yours|your|most|very|sincere|good|and|&|"
+    r"my|in)[,]?[ ])*"
     r"(?:regards|wishes|sincerely|truly|faithfully|respectfully|cheers|love|xoxo|yours|cordially|greetings)"
 )
-_THANKING = r"(?:(?:many|so much|with)[ ])?(?:thanks|thank you|thx|take care|god bless|bye|good luck|all the best)(?:[ ](?:so much|very much|again|a lot|in advance|for your (?:help|time)))*"
+_THANKING = (
+    r"(?:(?:many|so much|with)[ ])?(?:thanks|thank you|thx|take care|god bless|bye|good luck|"
+    r"all the best)(?:[ ](?:so much|very much|again|a lot|in advance|for your (?:help|time)))*"
+)
 _SIGN_OFF = re.compile(
-    rf"(?:^|(?<=[^\s]))[ \n]*(?<![\w-])(?:(?i:(?P<closing>{_CLOSING}))|(?i:(?P<thanks>{_THANKING})))[ ]?[,.!:;–-]*\s*(?:from\s)?"
+    rf"(?:^|(?<=[.!?)\],:;\"'])[ \n]*|[ ]*\n[ \n]*|[ ]+(?=[A-Z]))(?:(?i:(?P<closing>{_CLOSING}))|"
+    rf"(?i:(?P<thanks>{_THANKING})))[ ]?[,.!:;–-]*\s*(?:from\s)?"
     rf"(?P<person>{_PERSON}|[^\W\d_]{{2,}}){_ROLE}[ ]?[.!]*\s*$"
 )
 _DASHED = re.compile(
-    rf"(?:\n\s*|(?<=[\w.!?)\]])\s*)(?P<dash>[-–—~/]+[ ]?|\n)(?:\[NAME\][ ]?)?(?P<title>{_TITLES})?(?P<name>{_FULL}|{_INITIAL})?(?P<degrees>{_DEGREES})?{_ROLE}[ ]?[.!]*\s*$"
+    rf"(?:\n\s*|(?<=[\w.!?)\]])\s*)(?P<dash>[-–—~/]+[ ]?|\n)(?:\[NAME\][ ]"
+    rf"?)?(?P<title>{_TITLES})?(?P<name>{_FULL}|{_INITIAL})?(?P<degrees>{_DEGREES})?{_ROLE}[ ]?[.!]*\s*$"
 )
 
 
@@ -176,7 +198,9 @@ def _person_is_named(person: str) -> bool:
     bare = person[titled.end() :] if titled else person
     if not bare[0].isupper() and bare[0].lower() != bare[0].upper():
         return bare.lower() in _NAMES
-    return bool(titled) or any(not is_word(token) for token in bare.split() if token[0].isupper() or not token.isascii())
+    return bool(titled) or any(
+        not is_word(token, True) for token in bare.split() if token[0].isupper() or not token.isascii()
+    )
 
 
 def _sign_off(m: re.Match[str]) -> str | None:
@@ -200,32 +224,47 @@ def _dashed(m: re.Match[str]) -> str | None:
 # --- introductions, relations, degrees --------------------------------------------------------------
 
 _CALLED = re.compile(
-    rf"(?<![\w\[])((?i:my (?:\w+[ ])?(?:full |first |last |own )?name(?:'s| is|:)|my name|myself|i am called|i'm called|call me|(?:they|people|friends) call me|"
-    rf"(?:man|woman|boy|girl|patient|child|baby|guy|lady|person|friend|doctor|physician|surgeon|specialist|dentist|nurse|husband|wife|son|daughter|brother|"
-    rf"sister|mother|father|kid|infant|therapist|his name(?:'s| is)?|her name(?:'s| is)?|name of (?:the )?(?:patient|doctor))(?:[ ](?:is|was))?,?[ ]?(?:named|called|by the name of|name of|(?<=name)|(?<=name is)|(?<=name's)|(?<=doctor)(?=[ ]is\b))"
+    rf"(?<![\w\[])((?i:my (?:\w+[ ])?(?:full |first |last |own )?name(?:'s| is|:)|my name|myself|i am called|"
+    rf"i'm called|call me|(?:they|people|friends) call me|"
+    rf"(?:man|woman|boy|girl|patient|child|baby|guy|lady|person|friend|doctor|physician|surgeon|specialist|"
+    rf"dentist|nurse|husband|wife|son|daughter|brother|"
+    rf"sister|mother|father|kid|infant|therapist|his name(?:'s| is)?|her name(?:'s| is)?|"
+    rf"name of (?:the )?(?:patient|doctor))(?:[ ](?:is|was))?,?[ ]?(?:named|called|by the name of|name of|"
+    rf"(?<=name)|(?<=name is)|(?<=name's)|(?<=doctor)(?=[ ]is\b))"
     rf")[ ]?:?[ ])((?:(?i:{_TITLES}))?)({_FULL}|[^\W\d_]{{2,}}(?:[ ][^\W\d_]{{2,}})?)"
 )
 _LABEL = re.compile(
-    rf"((?:^|(?<=[\n.;,|(]))[ ]*(?i:(?:patient'?s?|pt\.?|doctor'?s?|full|first|last|family|given|sur|client|physician|consultant|referring doctor|attending)?[ -]?names?)[ ]?[:=-][ ]?|\b(?i:(?:attending|consultant|referred by|seen by|signed by|signed|reported by|reviewed by|dictated by|physician|contact person|next of kin|emergency contact|guardian|attn))[ ]?:[ ]?)"
+    rf"((?:^|(?<=[\n.;,|(]))[ ]*(?i:(?:patient'?s?|pt\.?|doctor'?s?|full|first|last|family|given|sur|client|"
+    rf"physician|consultant|referring doctor|attending)?[ -]?names?)[ ]?[:=-][ ]?|\b(?i:(?:attending|consultant|"
+    rf"referred by|seen by|signed by|signed|reported by|reviewed by|dictated by|physician|contact person|"
+    rf"next of kin|emergency contact|guardian|attn))[ ]?:[ ]?)"
     rf"((?:{_TITLES})?)({_FULL})"
 )
 _I_AM = re.compile(
-    rf"(?<![\w\[])((?i:i am|i'm|im|this is|here is|this side)[ ])({_FULL}|[^\W\d_]{{3,}}(?=[ ]?[,.!]|[ ](?:here|from|and i)\b))"
+    rf"(?<![\w\[])((?i:i am|i'm|im|this is|here is|this side)[ ])({_FULL}|[^\W\d_]{{3,}}(?=[ ]?[,.!]|[ ](?:here|"
+    rf"from|and i)\b))"
 )
 _AGE_OR_PLACE = re.compile(
-    r"[ ]?(?:,|-|\(|\band\b)?[ ]?(?:(?:i am |i'm |aged? |age: ?|a |an )?\d{1,2}\b|(?:and )?(?:a|an) (?:\d|male|female|woman|man|mother|father|student|"
-    r"year|resident|patient|girl|boy|nurse|teacher|\w+ist\b|doctor|physician|consultant|specialist|\w+ doctor|surgeon)|from |here\b|speaking|writing|calling|again\b|m/|f/|male|female|your |and (?:i|my)\b|"
+    r"[ ]?(?:,|-|\(|\band\b)?[ ]?(?:(?:i am |i'm |aged? |age: ?|a |an )?\d{1,2}\b|(?:and )?(?:a|an) (?:\d|male|"
+    r"female|woman|man|mother|father|student|"
+    r"year|resident|patient|girl|boy|nurse|teacher|\w+ist\b|doctor|physician|consultant|specialist|\w+ doctor|"
+    r"surgeon)|from |here\b|speaking|writing|calling|again\b|m/|f/|male|female|your |and (?:i|my)\b|"
     r"(?:general|family|senior|chat) )",
     re.I,
 )
 _KIN = (
-    r"husband|wife|son|daughter|mother|father|mom|mum|dad|brother|sister|friend|baby|boyfriend|girlfriend|partner|uncle|aunt|cousin|"
-    r"niece|nephew|grandmother|grandfather|grandma|grandpa|grandson|granddaughter|fianc[eé]e?|neighbou?r|roommate|toddler|kid|"
-    r"doctor|gp|physician|cardiologist|neurologist|surgeon|dentist|dermatologist|gyn(?:a?ecologist)?|obgyn|oncologist|psychiatrist|"
-    r"pediatrician|paediatrician|urologist|therapist|nurse|specialist|colleague|boss|teacher|stepson|stepdaughter|twin|newborn|patient"
+    r"husband|wife|son|daughter|mother|father|mom|mum|dad|brother|sister|friend|baby|boyfriend|girlfriend|"
+    r"partner|uncle|aunt|cousin|"
+    r"niece|nephew|grandmother|grandfather|grandma|grandpa|grandson|granddaughter|fianc[eé]e?|neighbou?r|"
+    r"roommate|toddler|kid|"
+    r"doctor|gp|physician|cardiologist|neurologist|surgeon|dentist|dermatologist|gyn(?:a?ecologist)?|obgyn|"
+    r"oncologist|psychiatrist|"
+    r"pediatrician|paediatrician|urologist|therapist|nurse|specialist|colleague|boss|teacher|stepson|"
+    r"stepdaughter|twin|newborn|patient"
 )
 _RELATION = re.compile(
-    rf"([MmOoHhTt](?<![\w\[].)(?i:y|ur|is|er|heir)[ ](?:[\w-]+[ ]){{0,3}}?(?i:{_KIN})(?:,[ ]|[ ]\(|[ ])(?i:named[ ]|called[ ])?)({_FULL})"
+    rf"([MmOoHhTt](?<![\w\[].)(?i:y|ur|is|er|heir)[ ](?:[\w-]+[ ]){{0,3}}?(?i:{_KIN})(?:,[ ]|"
+    rf"[ ]\(|[ ])(?i:named[ ]|called[ ])?)({_FULL})"
 )
 _WITH_DEGREE = re.compile(rf"(?<![\w\[.'’-])({_FULL})((?:,[ ]?|[ ])\(?{_DEGREE}{_DEGREES}?\)?)(?![\w-]|[ ]\d{{5}})")
 
@@ -235,7 +274,7 @@ def _called(m: re.Match[str]) -> str | None:
     if found[0].islower() and not re.match(_PARTICLE, found):
         first, _, second = found.partition(" ")
         weak = not re.search(r"name|myself|call", m[1], re.I) or re.search(r"myself|call me", m[1], re.I)
-        if first in _NOT_NAMES or first in _CLINICAL or (weak and first not in _NAMES):
+        if first in _NOT_NAMES or first in _NOT_ALONE or first in _CLINICAL or (weak and first not in _NAMES):
             return None
         if first not in _NAMES and not re.search(r"my (?:\w+ )?(?:full |first |last )?name(?:'s| is|:)", m[1], re.I):
             return None
@@ -290,7 +329,8 @@ def _with_degree(m: re.Match[str]) -> str | None:
 
 
 _TITLE_KEYS = (
-    "Dr", "DR.", "Prof", "PROF.", "Mr", "MR", "Ms", "Mx", "Miss", "Doctor", "DOCTOR", "Nurse", "Sister", "Herr", "Frau", "Señor",
+    "Dr", "DR.", "Prof", "PROF.", "Mr", "MR", "Ms", "Mx", "Miss", "Doctor", "DOCTOR", "Nurse", "Sister", "Herr",
+    "Frau", "Señor",
     "Sr", "Mme", "Shri", "Smt",
 )  # fmt: skip
 _HI_KEYS = ("hi ", "hi, ", "hii ", "hello", "hey ", "hallo", "dear ", "greetings", "namaste", "salam", "welcome ")
@@ -300,16 +340,20 @@ _CLOSING_KEYS = (
     "thank", "thx", "take care", "bless", "bye", "luck", "all the best", "xoxo", "greetings",
 )  # fmt: skip
 _DEGREE_KEYS = (
-    "MD", "M.D", "MBBS", "MB", "M.B", "BDS", "B.D.S", "D.O", "DO", "Ph", "RN", "R.N", "Sc", "MS", "M.S", "M.Ch", "MCh", "DM",
-    "D.M", "DNB", "D.N.B", "FR", "MRC", "FAC", "FAA", "FCPS", "F.C", "DCH", "DGO", "NP", "PA-C", "DDS", "DPM", "DPT", "LCSW",
+    "MD", "M.D", "MBBS", "MB", "M.B", "BDS", "B.D.S", "D.O", "DO", "Ph", "RN", "R.N", "Sc", "MS", "M.S", "M.Ch", "MCh",
+    "DM",
+    "D.M", "DNB", "D.N.B", "FR", "MRC", "FAC", "FAA", "FCPS", "F.C", "DCH", "DGO", "NP", "PA-C", "DDS", "DPM", "DPT",
+    "LCSW",
     "BHMS", "BAMS", "MPH", "Esq",
 )  # fmt: skip
 _CALLED_KEYS = (
-    "named ", "name is", "name's", "my name", "her name", "name:", "name of", "myself ", "call me", "am called", "'m called",
+    "named ", "name is", "name's", "my name", "her name", "name:", "name of", "myself ", "call me", "am called",
+    "'m called",
 )  # fmt: skip
 _LABEL_KEYS = (
     "name:", "name :", "names:", "name=", "name-", "name -", "attending", "consultant", "referred by", "seen by",
-    "signed by", "signed:",     "reported by", "reviewed by", "dictated by", "physician:", "contact person", "kin:", "emergency contact", "guardian", "attn",
+    "signed by", "signed:",     "reported by", "reviewed by", "dictated by", "physician:", "contact person", "kin:",
+    "emergency contact", "guardian", "attn",
 )  # fmt: skip
 _KIN_KEYS = tuple(word + " " for word in ("my", "our", "his", "her", "their"))
 RULES = (
