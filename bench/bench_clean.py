@@ -101,7 +101,7 @@ def _words(text: str) -> Counter[str]:
 
 def damage(answers: list[str], list_all: bool) -> dict[str, Any]:
     """Words changed that were no identifier, and the speed."""
-    judged = set(JUDGED.read_text().split()) if JUDGED.exists() else set()
+    judged = set(JUDGED.read_text().split())
     changes: list[Change] = []
     started = time.process_time()
     for answer in answers:
@@ -126,7 +126,8 @@ def damage(answers: list[str], list_all: bool) -> dict[str, Any]:
         print("damage:", line)
     return {
         "answers": len(answers), "words": words, "identifiers_really_there": real, "words_damaged": words_lost,
-        "damage": words_lost / words, "damage_list": wrong, "spaces_and_quotes": sum(c.rule in TYPOGRAPHY for c in changes),
+        "damage": words_lost / words, "damage_list": wrong,
+        "spaces_and_quotes": sum(c.rule in TYPOGRAPHY for c in changes),
         "mb_per_s": round(size / seconds, 2),
     }  # fmt: skip
 

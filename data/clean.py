@@ -31,7 +31,7 @@ from data.stream import Item, read_items
 from llama.command_line import Parser
 from llama.files import fsync, full_disk, stage
 
-RULES = (*tidy.TYPOGRAPHY, *tidy.SPACING, *identifiers.RULES, *names.RULES, *tidy.BOILERPLATE)
+RULES = (*tidy.TYPOGRAPHY, *tidy.SPACING, *identifiers.RULES, *tidy.BOILERPLATE, *names.RULES)
 SUFFIXES = (".report.json", ".report.md", ".diff")  # of what lies beside OUT
 REJECTED = ".rejected.jsonl"
 

@@ -137,8 +137,8 @@ class Report:
             f"| bytes | {sizes[0]:,} | {sizes[1]:,} |",
             f"| characters of text | {self.characters_before:,} | {self.characters_after:,} |", "",
             f"{self.changed:,} records were changed, {dropped:,} dropped. "
-            + ("Samples are shown as they are." if self.show else "In samples, names and numbers are cut to their first "
-               "character; `--show` prints them."),
+            + ("Samples are shown as they are." if self.show else "In samples, names and numbers are cut to their "
+               "first character; `--show` prints them."),
         ]  # fmt: skip
         lines += ["", "## What the rules changed", ""]
         lines += _table(("rule", "what", "places", "texts"), [

@@ -10,8 +10,8 @@ from data.records import ANSWERS
 
 # Fields that hold a text, and whether it is one that a model learns to say.
 _TEXTS = {
-    "instruction": False, "input": False, "output": True, **dict.fromkeys(ANSWERS, True), "text": False, "prompt": False,
-    "chosen": True, "rejected": True,
+    "instruction": False, "input": False, "output": True, **dict.fromkeys(ANSWERS, True), "text": False,
+    "prompt": False, "chosen": True, "rejected": True,
 }  # fmt: skip
 # Fields that hold turns: whose key names the speaker, whose key is the text.
 _TURNS = {"messages": ("role", "content"), "conversations": ("from", "value")}

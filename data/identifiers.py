@@ -103,6 +103,7 @@ _PHONES = (
 _PHONE = re.compile(rf"(?=[+(\d])(?<![\w.,/@\[+$£€-])(?:{'|'.join(_PHONES)}){_EXTENSION}(?![\w%]|[.,/-]\d)")
 _ANY_PHONE = re.compile(rf"\+?\(?\d(?:[ .\-–/()]{{0,3}}\d){{6,14}}{_EXTENSION}(?![\w%]|[.,/-]\d)")
 _GAPPED = re.compile(r"\d[\d ().\-–/]{5,}\d|8\d\d[ .\-–][\dA-Z]")
+_CODE = re.compile(r"\d[A-Z]? ?-?\d")
 _FIGURE, _FIVE = re.compile(r"\d"), re.compile(r"\d{5}")
 _THREE = re.compile(r"\d[\dA-Za-z/ -]{0,2}\d[\dA-Za-z/ -]{0,2}\d")
 _DATE = re.compile(r"(?:19|20)\d\d[-./]\d\d?[-./]\d\d?|\d\d?[-./]\d\d?[-./](?:19|20)?\d\d$")
@@ -285,8 +286,8 @@ RULES = (
     Rule("address", _FLAT, _address, ("flat", "plot", "door", "house", "shop", "apart", "apt"), guard=_FIVE),
     Rule("address", _BOX, _address, ("box",)),
     Rule("address", _FOREIGN, _address, _FOREIGN_KEYS, guard=_FIGURE, cased=True),
-    Rule("address", _CODE_AND_TOWN, _address, guard=re.compile(r", [\w ]*\d{2}[\d -]{2}")),
-    Rule("address", _TO_CODE, _address, guard=re.compile(r", [^,]{0,40}?\d[A-Z\d]")),
+    Rule("address", _CODE_AND_TOWN, _address, guard=_CODE),
+    Rule("address", _TO_CODE, _address, guard=_CODE),
     Rule(
         "address",
         _BEFORE_KIND,

@@ -40,12 +40,13 @@ _FAULTS: dict[str, tuple[re.Pattern[str], bool]] = {
     # "dehy ChatDoctor", "syn Chat Doctor", "anti-tubercular ChatDoctor": the site's name where a sentence goes on
     "corrupt_scrub": (
         re.compile(
-            rf"(?<=[a-z,] )(?<!using )(?<!visiting )(?<!to )(?<!at )(?<!from )(?<!on )(?<!by )(?<!with )(?<!the )(?<!in )"
-            rf"(?<!am )(?<!regards )(?<!regards, )(?<!a )(?<!choosing )(?<!contacting )(?<!for )(?<!and ){_SITE}\b"
+            r"(?<=[a-z,] )(?<!using )(?<!visiting )(?<!choosing )(?<!contacting )(?<!to )(?<!at )(?<!from )(?<!on )(?<!by )"
+            r"(?<!with )(?<!the )(?<!in )(?<!am )(?<![rR]egards )(?<![rR]egards, )(?<!a )(?<!for )(?<!and )"
+            rf"{_SITE}\b"
         ),
         False,
     ),
-    "generator_row": (re.compile(r"(?:^|[^\w.])\d{1,5},\s?[A-Z][\w '-]{2,60},\s?\["), False),
+    "generator_row": (re.compile(r"(?:^|\W)\d{1,5},\s?[A-Z][\w '-]{2,60},\s?\["), False),
 }
 _ENDS = re.compile(r"""[.!?…)"'\]:;>*|~`。！？।؟]\s*$|[\U0001F000-\U0001FFFF☀-➿]\s*$""")
 _CUT = re.compile(r"(?:\b(?:and|or|the|a|an|of|to|in|with|for|is|are|your|by|from|that|which|but|OR)|[,(\-])\s*$")

@@ -40,11 +40,12 @@ _FULL = (
     rf"(?:{_PARTICLE})?(?:{_INITIAL}[ ]?)*{_NAME}(?:[ ](?:{_PARTICLE})?(?:{_INITIAL}[ ]?)*{_NAME}|"
     rf"[ ]{_INITIAL}(?=[ ]?(?:[,;!?\n]|$))){{0,4}}"
 )
-_TITLE = (
-    r"(?:Drs?|DR(?=\.)|Profs?|PROF(?=\.)|Mrs?|MRS?(?=\.)|Ms|Mx|Miss|Doctor|DOCTOR|Professor|Nurse|Sister|Herr|"
-    r"Frau|Señor|Sra?|Mme|Shri|Smt)"
+_ABBREVIATED = (
+    r"(?:Drs?|DR(?=\.)|Profs?|PROF(?=\.)|Mrs?|MRS?(?=\.)|Ms|Mx|Sra?|Mme|Shri|Smt)"  # "MS." ends sentences on sclerosis
 )
-_TITLES = rf"(?:{_TITLE}(?:\.[ ]?|[ ]|[ ]?\xa0)(?:med\.[ ]?|(?:and|&)[ ](?={_TITLE}))?){{1,3}}"
+_SPOKEN = r"(?:Miss|Doctor|DOCTOR|Professor|Nurse|Sister|Herr|Frau|Señor)"
+_ONE_TITLE = rf"(?:{_ABBREVIATED}(?:\.[ ]?|[ ])|(?<!Chat ){_SPOKEN}[ ])"
+_TITLES = rf"(?:{_ONE_TITLE}(?:med\.[ ]?|(?:and|&)[ ](?={_ONE_TITLE}))?){{1,3}}"
 _DEGREE = (
     r"(?:M\.?D|M\.?B\.?B\.?S|MBChB|MBBCh|B\.?D\.?S|D\.O|DO|Ph\.?D|R\.?N|B\.?Sc|M\.?Sc|M\.?S|M\.?Ch|D\.?M|"
     r"D\.?N\.?B|FRCS|MRCP|MRCGP|MRCS|"
@@ -266,7 +267,7 @@ _RELATION = re.compile(
     rf"([MmOoHhTt](?<![\w\[].)(?i:y|ur|is|er|heir)[ ](?:[\w-]+[ ]){{0,3}}?(?i:{_KIN})(?:,[ ]|"
     rf"[ ]\(|[ ])(?i:named[ ]|called[ ])?)({_FULL})"
 )
-_WITH_DEGREE = re.compile(rf"(?<![\w\[.'’-])({_FULL})((?:,[ ]?|[ ])\(?{_DEGREE}{_DEGREES}?\)?)(?![\w-]|[ ]\d{{5}})")
+_WITH_DEGREE = re.compile(rf"(?<![\w\[.'’-])({_FULL})((?:,[ ]?|[ ])\(?{_DEGREE}(?:{_DEGREES})?\)?)(?![\w-]|[ ]\d{{5}})")
 
 
 def _called(m: re.Match[str]) -> str | None:

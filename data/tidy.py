@@ -83,7 +83,7 @@ def _phrase(name: str, keys: tuple[str, ...], phrase: str) -> Rule:
     whole = phrase.endswith("$")
     phrase = phrase.removesuffix("$").replace(" ", r"\s")
     rest = "" if whole else rf"(?:\.(?=\w)|[^.!?\n]){{0,{LONGEST}}}?"
-    end = r"\s*(?:[.!?:]+|-->|(?=\n)|\Z)(?=\s|\Z|[A-Z\"'])"
+    end = r"\s*(?:[.!?:]+|-->|(?=\n)|,?\s*\Z)(?=\s|\Z|[A-Z\"'])"
     pattern = re.compile(rf"(\A|(?<=[.!?\n>)]))(\s*)(?:{phrase})\b{rest}{end}", re.I)
     return Rule(f"boilerplate_{name}", pattern, _without, keys, drops=True)
 
