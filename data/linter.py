@@ -40,8 +40,8 @@ _FAULTS: dict[str, tuple[re.Pattern[str], bool]] = {
     # "dehy ChatDoctor", "syn Chat Doctor", "anti-tubercular ChatDoctor": the site's name where a sentence goes on
     "corrupt_scrub": (
         re.compile(
-            r"(?<=[a-z,] )(?<!using )(?<!visiting )(?<!choosing )(?<!contacting )(?<!to )(?<!at )(?<!from )(?<!on )(?<!by )"
-            r"(?<!with )(?<!the )(?<!in )(?<!am )(?<![rR]egards )(?<![rR]egards, )(?<!a )(?<!for )(?<!and )"
+            r"(?<=[a-z,] )(?<!using )(?<!visiting )(?<!choosing )(?<!contacting )(?<!to )(?<!at )(?<!from )(?<!on )"
+            r"(?<!by )(?<!with )(?<!the )(?<!in )(?<!am )(?<![rR]egards )(?<![rR]egards, )(?<!a )(?<!for )(?<!and )"
             rf"{_SITE}\b"
         ),
         False,

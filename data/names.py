@@ -324,7 +324,11 @@ def _with_degree(m: re.Match[str]) -> str | None:
     name = m[1][start:]
     if len(tokens) - first < 2 and not _known(name):
         return None
-    if re.fullmatch(r",?[ ]?\(?M\.?[DS]\)?", m[2].rstrip(".")) and not m[2].startswith(",") and not _known(name):
+    if (
+        re.fullmatch(r",?[ ]?\(?M\.?[DS]\)?", m[2].rstrip("."))
+        and not m[2].startswith(",")
+        and (len(tokens) - first < 2 or not _known(name))
+    ):  # "Becker MD" is a dystrophy
         return None
     return m[1][:start] + "[NAME]" + m[2]
 
@@ -341,11 +345,10 @@ _CLOSING_KEYS = (
     "thank", "thx", "take care", "bless", "bye", "luck", "all the best", "xoxo", "greetings",
 )  # fmt: skip
 _DEGREE_KEYS = (
-    "MD", "M.D", "MBBS", "MB", "M.B", "BDS", "B.D.S", "D.O", "DO", "Ph", "RN", "R.N", "Sc", "MS", "M.S", "M.Ch", "MCh",
-    "DM",
-    "D.M", "DNB", "D.N.B", "FR", "MRC", "FAC", "FAA", "FCPS", "F.C", "DCH", "DGO", "NP", "PA-C", "DDS", "DPM", "DPT",
-    "LCSW",
-    "BHMS", "BAMS", "MPH", "Esq",
+    " MD", " M.D", " MB", " M.B", " BDS", " B.D.S", " D.O", " DO", " Ph.D", " PhD", " Pharm", " RN", " R.N", " BSc", " B.Sc",
+    " MSc", " M.Sc", " MS", " M.S", " M.Ch", " MCh", " DM", " D.M", " DNB", " D.N.B", " FR", " MRC", " FAC", " FAA", " FCPS",
+    " F.C", " DCH", " DGO", " NP", " FNP", " PA-C", " DDS", " DPM", " DPT", " LCSW", " BHMS", " BAMS", " MPH", " Esq",
+    "(MD", ",MD", ",M.D", ",MB", ",PhD",
 )  # fmt: skip
 _CALLED_KEYS = (
     "named ", "name is", "name's", "my name", "her name", "name:", "name of", "myself ", "call me", "am called",

@@ -48,18 +48,16 @@ class Rule:
 
     def can_match(self, text: str, lower: str, guards: dict[re.Pattern[str], bool]) -> bool:
         """Whether the pattern is worth trying; guards remembers what each guard found in this text."""
-        if self.keys:
-            where = text if self.cased else lower
-            for key in self.keys:
-                if key in where:
-                    break
-            else:
+        if self.guard is not None:
+            if self.guard not in guards:
+                guards[self.guard] = self.guard.search(text) is not None
+            if not guards[self.guard]:
                 return False
-        if self.guard is None:
-            return True
-        if self.guard not in guards:
-            guards[self.guard] = self.guard.search(text) is not None
-        return guards[self.guard]
+        where = text if self.cased else lower
+        for key in self.keys:  # not any(): a generator costs more than the search
+            if key in where:
+                return True
+        return not self.keys
 
 
 def words(file: str, fold: bool = True) -> frozenset[str]:

@@ -12,6 +12,7 @@ import pytest
 
 import convert_weights
 import generate
+from data import clean, prepare
 from llama.arguments import parse
 from llama.config import PRESETS
 
@@ -27,6 +28,11 @@ def test_commands_parse(command: str) -> None:
     words = shlex.split(command)
     if words[0] == "make":
         assert words[1] in TARGETS
+        return
+    if words[:3] == ["python", "-m", "data.prepare"]:
+        assert words[3] in prepare.COMMANDS
+        if words[3] == "clean":
+            clean.parse(words[4:])
         return
     script = next(i for i, w in enumerate(words) if w.endswith(".py"))
     assert words[0] in ("python", "torchrun")
@@ -136,6 +142,15 @@ def test_what_saving_costs_is_measured() -> None:
     saving = json.loads((ROOT / "bench/results/saving_cpu.json").read_text())["results"]
     shares = [saving[f"train_saves_in_{where}"]["stall_percent"] for where in ("background", "foreground")]
     assert f"{shares[0]:.1f} % in the background, {shares[1]:.1f} % in the foreground" in README
+
+
+def test_cleaning_is_measured() -> None:
+    r = json.loads((ROOT / "bench/results/clean_cpu.json").read_text())["results"]
+    halves = " / ".join(f"{100 * r[half]['recall']:.1f} %" for half in ("seen", "held out"))
+    assert f"| {halves} found" in README
+    assert f"{r['medquad']['words_damaged']} of {r['medquad']['words']:,} words" in README
+    assert not r["clinical_words"]["changed"]
+    assert f"{r['medquad']['mb_per_s']:.1f} MB/s" in README
 
 
 def test_rows_of_the_table_name_their_own_bench_once() -> None:

@@ -70,9 +70,9 @@ def test_goes(before: str, after: str) -> None:
     [
         "The drug, the drip and lactate dehydrogenase; Guillain-Barré syndrome, children with hydrocephalus.",
         "My son has Dravet syndrome, her mother Crohn's disease, my father Parkinson disease.",
-        "My brother Down syndrome clinic visit went well. Graves disease, Hodgkin lymphoma, Bell's palsy, a Gleason score.",
-        "She has MS, saw a PA and an MD. MR imaging and DR grading were done.",
-        "Blood pressure 120/80, pulse 72-80, glucose 5.6-7.0 mmol/L, 150 000 platelets, 3000000000 cells, on 2019-04-05.",
+        "My brother Down syndrome clinic visit went well. Graves disease, Hodgkin lymphoma, Bell's palsy.",
+        "Becker MD is milder. She has MS, saw a PA and an MD. MR imaging and DR grading were done.",
+        "Blood pressure 120/80, pulse 72-80, glucose 5.6-7.0, 150 000 platelets, 3000000000 cells, on 2019-04-05.",
         "Take 500-1000 mg twice, 10/325 mg at night, from 12/03/2020 to 05/04/2020, aged 45.",
         "Doctor, I have a headache. Doctor Please help. Hello doctor, hi there, dear Sir or Madam.",
         "I am Diabetic. I am Indian, 45 years old. This is Amyloidosis. I am Rh Negative.",
@@ -104,9 +104,15 @@ def test_word_lists_do_not_contradict_each_other() -> None:
 
 
 PIECES = st.sampled_from(
-    ["Hi Dr. Smith, ", "Hello Anna, ", "Regards,\n", "Dr", "Dr. ", "[NAME]", "[PHONE]", "my name is ", "Ngozi ", "I am ", "Mark",
-     ", MD", " - ", "\n", "  ", "555-201-4567", "a@b.org", "www.x.com", "Thanks for using Chat Doctor. ", "ChatDoctor", "12 Elm Road",
-     ", ", ". ", "the drug", "Crohn", "'s ", "â€™", "\u200b", "born 1/2/1980", "MRN 12345", "é", "王", "[", "]", "I hope this helps."]
+    [
+        "Hi Dr. Smith, ", "Hello Anna, ", "Regards,\n", "Dr", "Dr. ", "[NAME]", "[PHONE]", "my name is ", "Ngozi ",
+        "I am ",
+        "Mark", ", MD", " - ", "\n", "  ", "555-201-4567", "a@b.org", "www.x.com", "Thanks for using Chat Doctor. ",
+        "é", "王",
+        "ChatDoctor", "12 Elm Road", ", ", ". ", "the drug", "Crohn", "'s ", "â€™", "\u200b", "born 1/2/1980",
+        "MRN 12345", "[",
+        "]", "I hope this helps.", "Take care", "Doctor", "LS1 4AP", "Best wishes", "[ADDRESS]", "Springfield",
+    ]
 )  # fmt: skip
 
 
@@ -126,8 +132,8 @@ def test_placeholders_are_never_nested(text: str) -> None:
 
 
 CLINICAL = st.sampled_from(
-    "fever cough drug drip syndrome asthma 120/80 mg dose pain the a in and Crohn's of 5.6 MRI".split()
-)
+    ["fever", "cough", "drug", "drip", "syndrome", "asthma", "120/80", "mg", "dose", "the", "a", "Crohn's", "of", "5.6"]
+)  # fmt: skip
 
 
 @settings(max_examples=100, deadline=None)
@@ -376,7 +382,8 @@ class Stub(BaseHTTPRequestHandler):
             {
                 "message": "", "shortMessage": "", "replacements": [{"value": after}], "offset": text.index(before),
                 "length": len(before), "context": {"text": text, "offset": text.index(before), "length": len(before)},
-                "sentence": text, "rule": {"id": "X", "description": "", "issueType": "", "category": {"id": kind, "name": kind}},
+                "sentence": text,
+                "rule": {"id": "X", "description": "", "issueType": "", "category": {"id": kind, "name": kind}},
             }
             for before, after, kind in found if before in text
         ]  # fmt: skip
