@@ -98,11 +98,13 @@ def _name(found: str, rest: str, titled: bool = False) -> str:
 
 
 def _is_term(after: str) -> bool:
-    """Whether a clinical term goes on after an eponym: 's, a hyphen, another eponym, or "disease"."""
+    """Whether a clinical term goes on after an eponym: 's, a hyphen, "disease", or another eponym and one of these."""
     if re.match(r"['’]s?\b|s['’]|[-–]\w", after):
         return True
     word = re.match(r"(?:[ ](?:and|&))?[ ]([^\W\d_]+)", after)
-    return bool(word and (word[1].lower() in _CLINICAL or word[1] in _EPONYMS))
+    if not word:
+        return False
+    return word[1].lower() in _CLINICAL or (word[1] in _EPONYMS and _is_term(after[word.end() :]))
 
 
 def _known(name: str) -> bool:
@@ -345,8 +347,10 @@ _CLOSING_KEYS = (
     "thank", "thx", "take care", "bless", "bye", "luck", "all the best", "xoxo", "greetings",
 )  # fmt: skip
 _DEGREE_KEYS = (
-    " MD", " M.D", " MB", " M.B", " BDS", " B.D.S", " D.O", " DO", " Ph.D", " PhD", " Pharm", " RN", " R.N", " BSc", " B.Sc",
-    " MSc", " M.Sc", " MS", " M.S", " M.Ch", " MCh", " DM", " D.M", " DNB", " D.N.B", " FR", " MRC", " FAC", " FAA", " FCPS",
+    " MD", " M.D", " MB", " M.B", " BDS", " B.D.S", " D.O", " DO", " Ph.D", " PhD", " Pharm", " RN", " R.N", " BSc",
+    " B.Sc",
+    " MSc", " M.Sc", " MS", " M.S", " M.Ch", " MCh", " DM", " D.M", " DNB", " D.N.B", " FR", " MRC", " FAC", " FAA",
+    " FCPS",
     " F.C", " DCH", " DGO", " NP", " FNP", " PA-C", " DDS", " DPM", " DPT", " LCSW", " BHMS", " BAMS", " MPH", " Esq",
     "(MD", ",MD", ",M.D", ",MB", ",PhD",
 )  # fmt: skip

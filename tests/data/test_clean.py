@@ -37,6 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
     [
         ("I saw Dr. Okonkwo-Bello's nurse.", "I saw Dr. [NAME]'s nurse."),
         ("Prof. Dr. Jürgen van der Berg operated.", "Prof. Dr. [NAME] operated."),
+        ("Prof. Jacob Brown operated.", "Prof. [NAME] operated."),
         ("my dr. smith said so", "my dr. [NAME] said so"),
         ("Mrs O'Shaughnessy and Mr. 王伟 agree.", "Mrs [NAME] and Mr. [NAME] agree."),
         ("Hi Dr. Graves, I have a rash.", "Hi doctor, I have a rash."),
@@ -69,7 +70,7 @@ def test_goes(before: str, after: str) -> None:
     "text",
     [
         "The drug, the drip and lactate dehydrogenase; Guillain-Barré syndrome, children with hydrocephalus.",
-        "My son has Dravet syndrome, her mother Crohn's disease, my father Parkinson disease.",
+        "My son has Dravet syndrome, his brother Creutzfeldt Jakob disease, her mother Crohn's disease, my father Parkinson disease.",
         "My brother Down syndrome clinic visit went well. Graves disease, Hodgkin lymphoma, Bell's palsy.",
         "Becker MD is milder. She has MS, saw a PA and an MD. MR imaging and DR grading were done.",
         "Blood pressure 120/80, pulse 72-80, glucose 5.6-7.0, 150 000 platelets, 3000000000 cells, on 2019-04-05.",
