@@ -22,7 +22,7 @@ _SITE = r"(?:Chat ?Doctor|Health ?Care ?Magic)"
 _ROLES = r"(?:Patient|Doctor|ChatDoctor|Human|User|Assistant)"
 # fault: (pattern, only in answers)
 _FAULTS: dict[str, tuple[re.Pattern[str], bool]] = {
-    "role_leak": (re.compile(rf"(?:^|[.!?\"'\n)]\s*|###\s*){_ROLES}\s?: "), True),
+    "role_leak": (re.compile(rf"(?:^|[.!?\"'\n)]\s{0, 3}|###\s*){_ROLES}\s?: "), True),
     "prompt_leak": (
         re.compile(
             r"generate (?:a |the )?(?:dialogue|conversation)s? between|following diseases? and symptoms|"
@@ -50,7 +50,7 @@ _FAULTS: dict[str, tuple[re.Pattern[str], bool]] = {
 }
 _ENDS = re.compile(r"""[.!?…)"'\]:;>*|~`。！？।؟]\s*$|[\U0001F000-\U0001FFFF☀-➿]\s*$""")
 _CUT = re.compile(r"(?:\b(?:and|or|the|a|an|of|to|in|with|for|is|are|your|by|from|that|which|but|OR)|[,(\-])\s*$")
-LIST = re.compile(r"\n\s*(?:[-*•]|\d+[.)])\s[^\n]*$")
+_LIST = re.compile(r"\n[ \t]*(?:[-*•]|\d+[.)])\s[^\n]*$")
 SHORT = 40  # characters of an answer that may end without a stop: "Asthma"
 
 
@@ -59,5 +59,5 @@ def faults(text: str, answer: bool) -> Iterator[Fault]:
     for name, (pattern, only_answers) in _FAULTS.items():
         if (answer or not only_answers) and (m := pattern.search(text)):
             yield Fault(name, text[max(0, m.start() - WHERE) : m.end() + WHERE])
-    if answer and (_CUT.search(text) or (len(text) > SHORT and not _ENDS.search(text) and not LIST.search(text))):
+    if answer and (_CUT.search(text) or (len(text) > SHORT and not _ENDS.search(text) and not _LIST.search(text))):
         yield Fault("truncated", text[-2 * WHERE :])

@@ -83,7 +83,7 @@ def _name(found: str, rest: str, titled: bool = False) -> str:
         token = m[0]
         if token in _EPONYMS:
             if _is_term(found[m.end() :] + rest):
-                break
+                return found[:kept] if titled else ""
         elif not token.endswith((".", " ")) and is_word(token, titled):
             break
         if not token.endswith(" "):
