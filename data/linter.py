@@ -22,7 +22,7 @@ _SITE = r"(?:Chat ?Doctor|Health ?Care ?Magic)"
 _ROLES = r"(?:Patient|Doctor|ChatDoctor|Human|User|Assistant)"
 # fault: (pattern, only in answers)
 _FAULTS: dict[str, tuple[re.Pattern[str], bool]] = {
-    "role_leak": (re.compile(rf"(?:^|[.!?\"'\n)]\s{0, 3}|###\s*){_ROLES}\s?: "), True),
+    "role_leak": (re.compile(rf"(?:^|[.!?\"'\n)]\s{{0,3}}|###\s*){_ROLES}\s?: "), True),
     "prompt_leak": (
         re.compile(
             r"generate (?:a |the )?(?:dialogue|conversation)s? between|following diseases? and symptoms|"
