@@ -1,6 +1,7 @@
 """`python -m data.prepare COMMAND ...`: makes what the other programs read out of files from elsewhere.
 
     python -m data.prepare diseases sample format_dataset.csv medquad.jsonl diseases.db
+    python -m data.prepare clean messy.jsonl clean.jsonl
     python -m data.prepare generate diseases.db dialogues.jsonl --endpoint http://localhost:8000/v1 --model NAME
     python -m data.prepare review feedback.db
     python -m data.prepare feedback feedback.db learn.jsonl
@@ -79,6 +80,23 @@ def generate(args: argparse.Namespace) -> int:
     return generate_dialogues.generate(args)
 
 
+# --- cleaning -------------------------------------------------------------------------------------
+
+
+def clean_arguments(argv: list[str]) -> argparse.Namespace:
+    """The command line after `clean`."""
+    from data import clean
+
+    return clean.parse(argv)
+
+
+def clean(args: argparse.Namespace) -> int:
+    """Records -> the same without identifiers, boilerplate and litter; 1 when --check found faults."""
+    from data import clean
+
+    return clean.run(args)
+
+
 # --- feedback -------------------------------------------------------------------------------------
 
 
@@ -115,6 +133,7 @@ def feedback(args: argparse.Namespace) -> None:
 Command = tuple[Callable[[list[str]], argparse.Namespace], Callable[[argparse.Namespace], int | None]]
 COMMANDS: dict[str, Command] = {
     "diseases": (diseases_arguments, diseases),
+    "clean": (clean_arguments, clean),
     "generate": (generate_arguments, generate),
     "review": (review_arguments, review),
     "feedback": (feedback_arguments, feedback),

@@ -229,6 +229,15 @@ def test_what_generation_costs_is_measured() -> None:
     assert f"| {near['near_duplicates']} of {five_k['dialogues']:,}, in {near['seconds']:.1f} s |" in README
 
 
+def test_cleaning_is_measured() -> None:
+    r = json.loads((ROOT / "bench/results/clean_cpu.json").read_text())["results"]
+    halves = " / ".join(f"{100 * r[half]['recall']:.1f} %" for half in ("seen", "held out"))
+    assert f"| {halves} found" in README
+    assert f"{r['medquad']['words_damaged']} of {r['medquad']['words']:,} words" in README
+    assert not r["clinical_words"]["changed"]
+    assert f"{r['medquad']['mb_per_s']:.1f} MB/s" in README
+
+
 def test_rows_of_the_table_name_their_own_bench_once() -> None:
     """A row that says "same" stands below the one whose command made it, and no figure stands there twice."""
     table = README.split("| what | measured |")[1].split("\n\n")[0].splitlines()[2:]
