@@ -282,7 +282,7 @@ RULES = (
     Rule("record_number", _LETTERED_NUMBER, _record, _RECORD_KEYS, guard=_THREE),
     Rule("record_number", _SSN, _placed("[RECORD NUMBER]"), guard=_GAPPED),
     Rule("address", _LIVE_AT, lambda m: m[1] + "[ADDRESS]", ("address", "live at", "lives at", "reside", "stay at")),
-    Rule("address", _HOUSE, _address, guard=re.compile(r"\d[\w/-]*,? [A-Zracbpiq]")),
+    Rule("address", _HOUSE, _address, guard=re.compile(r"\d[\w/-]{0,15},? [A-Zracbpiq]")),
     Rule("address", _FLAT, _address, ("flat", "plot", "door", "house", "shop", "apart", "apt"), guard=_FIVE),
     Rule("address", _BOX, _address, ("box",)),
     Rule("address", _FOREIGN, _address, _FOREIGN_KEYS, guard=_FIGURE, cased=True),
