@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any
 from llama.command_line import LATEST, Parser
 
 if TYPE_CHECKING:  # torch takes seconds to import: --help and wrong flags must not wait for it
-    from data.parts import Part
-    from data.replies import Encoder
-    from data.suite import Material
-    from data.training_files import Source
+    from data.evaluation.parts import Part
+    from data.evaluation.replies import Encoder
+    from data.evaluation.suite import Material
+    from data.evaluation.training_files import Source
     from llama.examinee import Examinee
 
 SCHEMA = 1
@@ -49,6 +49,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         metavar="F",
         help="what it was trained on, 'built-in sample' for train.py's default; default: as its provenance.json says",
     )
+    add(
+        "--against",
+        metavar="DIR",
+        help="an earlier --out: ends with 1 if a figure is worse than its 95 % interval there",
+    )
     add("--encoder", metavar="DIR", help="encoder for BERTScore (transformers); default: the model's own hidden states")
     add("--limit", type=int, metavar="N", help="at most N items a part, taken evenly")
     add("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1, ...")
@@ -65,8 +70,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def run(argv: list[str]) -> int:
     args = parse(argv)
-    from data import suite
+    from data.evaluation import suite
 
+    earlier = None if args.against is None else _results_in(Path(args.against))
     names, by_name = suite.asked_for(args.suite)
     path = _checkpoint(args.checkpoint)
     out = _folder(Path(args.out))
@@ -100,7 +106,7 @@ def run(argv: list[str]) -> int:
         "left_out": left_out + _unread(trained_on),
     }
     _publish(out, results)
-    return 0
+    return 0 if earlier is None else _compare(earlier, results)
 
 
 def _measure(
@@ -109,7 +115,7 @@ def _measure(
     """The parts' results, each kept as soon as it is there; those of an earlier run with the same key as they are."""
     from tqdm import tqdm
 
-    from data import suite
+    from data.evaluation import suite
 
     stored = {p.name: kept for p in parts if (kept := _stored(out, p, key))}
     missing = [p for p in parts if p.name not in stored]
@@ -144,7 +150,7 @@ def _measure(
 
 def _prepare(names: list[str], by_name: bool, material: Material) -> tuple[list[Part], list[dict[str, str]]]:
     """The parts, and those left out with the reason. ValueError where one was asked for by name, or a file is bad."""
-    from data import suite
+    from data.evaluation import suite
 
     parts: list[Part] = []
     left_out = []
@@ -233,7 +239,7 @@ def _existing(given: str | None, flag: str) -> Path | None:
 
 
 def _trained_on(args: argparse.Namespace, path: Path) -> list[Source] | None:
-    from data import training_files
+    from data.evaluation import training_files
 
     return training_files.named_by(path) if args.train_files is None else training_files.given(args.train_files)
 
@@ -324,13 +330,36 @@ def _write(path: Path, text: str) -> None:
 
 
 def _publish(out: Path, results: dict[str, Any]) -> None:
-    from data import card, card_html
+    from data.evaluation import card, card_html
 
     _write(out / "results.json", _json(results))
     _write(out / "card.md", card.markdown(results))
     _write(out / "card.html", card_html.page(results))
     print(card.verdict(results))
     print(f"{out / 'card.html'}, {out / 'card.md'}, {out / 'results.json'}")
+
+
+def _results_in(out: Path) -> dict[str, Any]:
+    from llama.files import read_json
+
+    file = out / "results.json"
+    if not file.exists():
+        raise ValueError(f"--against {out}: no results.json in it; give the --out of a finished evaluation")
+    results = read_json(file)
+    if results.get("schema") != SCHEMA:
+        raise ValueError(f"{file}: results of schema {results.get('schema')!r}, not {SCHEMA}; measure that model anew")
+    return results
+
+
+def _compare(earlier: dict[str, Any], results: dict[str, Any]) -> int:
+    """Say what has changed; 1 if something is worse."""
+    from data.evaluation import gate
+
+    changes = gate.compare(earlier, results)
+    worse = gate.refused(changes)
+    print(gate.table(changes))
+    print(f"{len(worse)} of {len(changes)} figures worse or missing" if worse else "no figure is worse")
+    return 1 if worse else 0
 
 
 def _say(text: str) -> None:

@@ -33,9 +33,9 @@ from clean_frames import FRAMES, filled, makers, people
 from report import RESULTS, write
 
 from data.clean import clean
-from data.duplicates import Duplicates
-from data.linter import faults
-from data.rewrite import PLACEHOLDER, Change
+from data.cleaning.duplicates import Duplicates
+from data.cleaning.linter import faults
+from data.cleaning.rewrite import PLACEHOLDER, Change
 
 DATA = ROOT.parent / "shared/data"
 JUDGED = ROOT / "bench/clean_judged.txt"

@@ -32,13 +32,13 @@ sys.path.insert(0, str(ROOT))
 
 import httpx2
 
-from data.dialogue_filter import Refused, Seen, check_text
-from data.dialogue_prompts import requests
+from data.asking.client import Endpoint
+from data.asking.filter import Refused, Seen, check_text
+from data.asking.journal import Journal
+from data.asking.prompts import requests
+from data.asking.spending import Tokens
 from data.disease_sources import BUILT_IN, find_source, read_source
 from data.diseases import build, open_database
-from data.endpoint import Endpoint
-from data.journal import Journal
-from data.spending import Tokens
 from tests.data.stub_endpoint import Stub
 
 DELAY, CONCURRENCY = 0.1, 16

@@ -15,7 +15,7 @@ from datetime import date, timedelta
 
 from faker import Faker
 
-from data.rewrite import words
+from data.cleaning.rewrite import words
 
 Make = Callable[[random.Random], str]
 LOCALES = {

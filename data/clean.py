@@ -18,14 +18,14 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from data import identifiers, names, tidy
-from data.cleaning_report import IDENTIFYING, Report
-from data.duplicates import Duplicates
-from data.fields import Field, NoText, fields_of
-from data.language_tool import LanguageTool
-from data.linter import faults
+from data.cleaning import identifiers, names, tidy
+from data.cleaning.duplicates import Duplicates
+from data.cleaning.fields import Field, NoText, fields_of
+from data.cleaning.language_tool import LanguageTool
+from data.cleaning.linter import faults
+from data.cleaning.report import IDENTIFYING, Report
+from data.cleaning.rewrite import Change, rewrite
 from data.records import BadRecord, RejectedFile
-from data.rewrite import Change, rewrite
 from data.stream import Item, read_items
 from llama.command_line import Parser
 from llama.files import fsync, full_disk, stage

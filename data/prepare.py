@@ -68,16 +68,16 @@ def diseases(args: argparse.Namespace) -> None:
 
 
 def generate_arguments(argv: list[str]) -> argparse.Namespace:
-    from data import generate_dialogues
+    from data.asking import generate as dialogues
 
-    return generate_dialogues.parse(argv)
+    return dialogues.parse(argv)
 
 
 def generate(args: argparse.Namespace) -> int:
     """A disease database -> dialogues, through an endpoint; 130 when it was stopped before the end."""
-    from data import generate_dialogues
+    from data.asking import generate as dialogues
 
-    return generate_dialogues.generate(args)
+    return dialogues.generate(args)
 
 
 # --- cleaning -------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@
 # FEEDBACK: ratings of `generate.py --feedback`, reviewed with `python -m data.prepare review`. REPLAY: files of what the
 # model learnt before, mixed in so that it does not forget; by default dialogues like those of the built-in sample. SHARE:
 # how often an approved answer comes up per epoch, a replayed one coming once. SUITE, EVAL: what evaluate.py measures
-# before and after, and further flags of it; a figure that gets worse than its 95 % interval keeps the new model from OUT.
+# before and after, and further flags of it; a figure that gets worse than its 95 % interval keeps the new model from OUT,
+# and ends this with 1.
 # TRAIN: further flags of train.py. The candidate, both evaluations and the data stay in $OUT.work.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 import evaluate
-from data.questions import MMLU_SUBJECTS
-from data.safety import CATEGORIES
-from data.suite import PARTS
+from data.evaluation.questions import MMLU_SUBJECTS
+from data.evaluation.safety import CATEGORIES
+from data.evaluation.suite import PARTS
 from llama.chat import ChatFormat
 from llama.checkpoint import save_model
 from llama.config import LlamaConfig

@@ -15,7 +15,7 @@ import evaluate
 import generate
 from data import prepare
 from data.conditions import load_table
-from data.suite import PARTS
+from data.evaluation.suite import PARTS
 from llama.arguments import parse
 from llama.config import PRESETS
 

@@ -1,7 +1,7 @@
 """An OpenAI-compatible server on this machine that misbehaves as it is told, and otherwise writes plausible dialogues.
 
 It knows the rows by the facts in its prompts, as a model would. What it answered is counted by prompt, so that a test
-sees whether anything was asked twice. Used by the tests of data/generate_dialogues.py and by bench/bench_generate.py.
+sees whether anything was asked twice. Used by the tests of data/asking/generate.py and by bench/bench_generate.py.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ CLOSINGS = (
 
 
 def write_dialogue(prompt: str) -> str:
-    """A dialogue for a prompt of data/dialogue_prompts.py, the same for the same prompt."""
+    """A dialogue for a prompt of data/asking/prompts.py, the same for the same prompt."""
     rng = random.Random(prompt)
     facts = dict(line.split(": ", 1) for line in prompt.split("Facts:\n")[1].splitlines())
     name, opening = facts["Disease"], rng.choice(OPENINGS)

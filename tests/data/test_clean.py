@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 
 from data import prepare
 from data.clean import clean, clean_file
-from data.cleaning_report import masked
-from data.duplicates import Duplicates
-from data.linter import faults
-from data.rewrite import PLACEHOLDER, Change, words
+from data.cleaning.duplicates import Duplicates
+from data.cleaning.linter import faults
+from data.cleaning.report import masked
+from data.cleaning.rewrite import PLACEHOLDER, Change, words
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

@@ -1,0 +1,1 @@
+"""Dialogues made by asking a language model behind an OpenAI-compatible endpoint."""

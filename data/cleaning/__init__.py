@@ -1,0 +1,1 @@
+"""What data/clean.py does to a text: rules, their words, faults, near-duplicates, the report."""

@@ -1,0 +1,1 @@
+"""What evaluate.py measures a checkpoint by, and how a figure becomes one. No tensors."""
