@@ -54,7 +54,7 @@ BUILTIN: dict[str, Any] = {
     "chat_format": synthesize.RECIPE.chat_format,
     "instruction": synthesize.RECIPE.instruction,
     "model_max_length": synthesize.RECIPE.max_len,
-    "max_steps": 2000,
+    "max_steps": 2850,
     "per_device_train_batch_size": 12,  # dialogues: about 16 questions
     "learning_rate": 4e-3,
     "warmup_steps": 40,

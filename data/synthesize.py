@@ -316,7 +316,7 @@ def examples(table: Table, seed: int, n: int, split: Split = "train") -> Iterato
 class Recipe:
     """The data of the embedded default: how much of it, and how it is written for the model."""
 
-    n_train: int = 32_000  # questions, each asked once
+    n_train: int = 45_600  # questions, each asked once
     turns: tuple[float, ...] = (0.75, 0.17, 0.08)  # shares of dialogues of 1, 2, ... questions
     n_held_out: int = 636  # of either held-out split: two questions a condition
     seed: int = 0
