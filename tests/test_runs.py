@@ -9,9 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from llama import checkpoint
+from data.feedback import Feedback
+from llama import checkpoint, provenance
 from llama.arguments import TrainArguments, parse
+from llama.chat import ChatFormat, Message
+from llama.config import LlamaConfig
 from llama.lora_config import LoRAConfig
+from llama.model import Llama
+from llama.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -166,3 +171,44 @@ def test_compare_draws_runs_and_names_what_is_missing(tmp_path: Path) -> None:
     done = subprocess.run([*command, "b"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("error: b: no such file")
+
+
+@pytest.fixture
+def rated(tmp_path: Path, small_tokenizer: Tokenizer) -> dict[str, str]:
+    """The settings of learn.sh for a small model and two approved answers."""
+    config = LlamaConfig(32, 2, 4, 2, 48, small_tokenizer.vocab_size, max_seq_len=384)
+    model = Llama(config)
+    model.init_weights(0)
+    checkpoint.save_model(
+        tmp_path / "model", model.named_parameters(), config, small_tokenizer, ChatFormat("dialogue", "")
+    )
+    feedback = Feedback(tmp_path / "feedback.db")
+    feedback.agree()
+    for question, answer in (("I cough.", "Rest."), ("My head hurts.", "Drink water.")):
+        feedback.decide(feedback.add("model", [Message("user", question)], answer, "good"), "approved", "Dr A")
+    replay = tmp_path / "replay.jsonl"
+    replay.write_text('{"input": "I sneeze.", "output": "It is a cold."}\n' * 8)
+    places = {name.upper(): str(tmp_path / name) for name in ("model", "out")}
+    evaluation = {"SUITE": "fit", "EVAL": "--limit 20 --train_files " + str(replay)}
+    return {**places, **evaluation, "FEEDBACK": str(feedback.path), "REPLAY": str(replay), "PYTHON": sys.executable}
+
+
+def test_a_model_that_is_no_worse_is_published(rated: dict[str, str]) -> None:
+    done = run("learn.sh", **rated, TRAIN="--max_steps 2 --model_max_length 64")
+    assert done.returncode == 0, done.stderr
+    assert "no figure is worse" in done.stdout
+    out = Path(rated["OUT"])
+    (stage,) = provenance.stages_of(out)
+    assert [(Path(d["name"]).name, d["weight"]) for d in stage["data"]] == [("feedback.jsonl", 4), ("replay.jsonl", 1)]
+    assert Path(ROOT / "out/latest").read_text().strip() == str(out.resolve())
+    again = run("learn.sh", **rated)
+    assert (again.returncode, again.stderr) == (2, f"error: {out} is there already; choose another OUT\n")
+
+
+def test_a_model_that_is_worse_is_not(rated: dict[str, str]) -> None:
+    before = (ROOT / "out/latest").read_text() if (ROOT / "out/latest").exists() else None
+    done = run("learn.sh", **rated, TRAIN="--max_steps 20 --model_max_length 64 --learning_rate 1.0")
+    assert done.returncode == 1, done.stderr
+    assert "worse" in done.stdout
+    assert not Path(rated["OUT"]).exists()
+    assert ((ROOT / "out/latest").read_text() if (ROOT / "out/latest").exists() else None) == before
