@@ -6,6 +6,7 @@ Called by train.py; knows flags and files, no model and no process group.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def origin_of(args: TrainArguments, base: Path | None, report: loader.Report) ->
     if args.data_path:
         licences = args.data_licences or ("unknown",) * len(args.data_path)
         data = [
-            {"name": file, "sha256": hashed(Path(file)), "licence": licence, **count}
+            {"name": file, "sha256": hashed(Path(file)), "licence": licence, **count, **cleaning_of(Path(file))}
             for file, licence, count in zip(args.data_path, licences, counts, strict=True)
         ]
     else:
@@ -95,6 +96,24 @@ def origin_of(args: TrainArguments, base: Path | None, report: loader.Report) ->
     records = {"train": report.documents, "held_out": report.held_out}
     stage = provenance.stage(start, data, records=records, objective=args.objective, seed=args.seed)
     return [*before, stage]
+
+
+def cleaning_of(file: Path) -> dict[str, Any]:
+    """What `python -m data.prepare clean` reported of the file that it wrote, where its report lies beside it."""
+    report = Path(f"{file}.report.json")
+    if not report.is_file():
+        return {}
+    try:
+        found = json.loads(report.read_bytes())
+        counts = {
+            "records": found["records"],
+            "rules": {name: rule["count"] for name, rule in found["rules"].items()},
+            "dropped": {reason: len(numbers) for reason, numbers in found["dropped"].items()},
+            "faults": {name: len(fault["records"]) for name, fault in found["faults"].items()},
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{report}: not a report of cleaning; move it away from {file}") from None
+    return {"cleaning": {"report": str(report), "sha256": provenance.sha256_of(report), **counts}}
 
 
 def open_batches(

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import convert_weights
 import generate
 import train
-from data import loader, synthesize
+from data import loader, prepare, synthesize
 from llama import checkpoint, lora_files, nf4, provenance, training_state
 from llama.arguments import TrainArguments, parse
 from llama.chat import ChatFormat, Dialogue, render
@@ -299,6 +299,21 @@ def test_a_model_says_where_it_comes_from(flags: list[str], start: Path, dialogu
     assert [first, second] == provenance.stages_of("second")
     assert third["base"]["manifest_sha256"] == hashlib.sha256(Path("second/manifest.json").read_bytes()).hexdigest()
     assert third["data"][0]["sha256"] == data["sha256"]
+
+
+def test_how_its_data_was_cleaned_goes_along(
+    flags: list[str], dialogues: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert prepare.main(["clean", str(dialogues), "cleaned.json", "--duplicates", "0"]) == 0
+    flags = [*flags, "--data_path", "cleaned.json", "--max_steps", "2"]
+    assert train.main(flags) == 0
+    cleaning = provenance.stages_of("out")[0]["data"][0]["cleaning"]
+    assert cleaning["records"] == {"read": 60, "changed": cleaning["records"]["changed"], "written": 60}
+    assert cleaning["sha256"] == provenance.sha256_of(Path("cleaned.json.report.json"))
+    Path("cleaned.json.report.json").write_text("[]")
+    capsys.readouterr()
+    assert train.main([*flags, "--overwrite_output_dir"]) == 2
+    assert "not a report of cleaning" in capsys.readouterr().err
 
 
 def test_metrics_lines_hold_what_they_promise(flags: list[str]) -> None:
