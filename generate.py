@@ -29,12 +29,10 @@ if TYPE_CHECKING:  # torch takes seconds to import: --help and wrong flags must 
 
     from llama.attendant import Attendant
     from llama.generation import Answer, Doctor
-    from llama.sampling import SamplingParams
     from llama.speculative import Drafter
     from llama.tokenizer import Tokenizer
 
 LAUNCHED = "RANK" in os.environ  # by torchrun, which splits the model over its processes
-SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -151,7 +149,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def load(args: argparse.Namespace) -> Doctor:
     """Model, tokenizer, format and settings that the flags ask for. ValueError names what is wrong and the remedy."""
-    from llama import checkpoint
+    from llama import checkpoint, placement
 
     path, adapter = Path(args.checkpoint or "."), args.adapter and Path(args.adapter)
     if adapter:
@@ -162,13 +160,12 @@ def load(args: argparse.Namespace) -> Doctor:
         if other := lora_files.other_base(adapter, path):
             print(f"warning: {adapter} was made for {other}, whose weights are not those of {path}", file=sys.stderr)
     elif args.checkpoint is None:
-        path = _latest()
+        path = placement.latest()
 
-    params, max_new_tokens = _settings(args, checkpoint.load_generation(path), path)
+    params, max_new_tokens = placement.settings(path, vars(args))
     import torch
 
     import kernels
-    from llama import placement
     from llama.generation import Doctor, stream
 
     dtype = args.dtype and getattr(torch, args.dtype)
@@ -176,7 +173,7 @@ def load(args: argparse.Namespace) -> Doctor:
     if LAUNCHED:
         model, device, rank, ranks = placement.over_ranks(path, args.device, dtype, args.kernels)
     else:
-        device, rank, ranks = _device(args.device), 0, 1
+        device, rank, ranks = placement.found(args.device), 0, 1
         model = placement.on_device(path, device, dtype, args.kernels, adapter, args.offload)
     tokenizer = checkpoint.load_tokenizer(path)
     doctor = Doctor(
@@ -261,48 +258,6 @@ def _drafter(
     model = checkpoint.load_model(path, device, args.dtype and getattr(torch, args.dtype)).eval()
     lay_out_for_decoding(model)
     return Drafter(DraftModel(model, cache_dtype))
-
-
-def _latest() -> Path:
-    remedy = "train one with `python train.py` or `make demo`, or name one with --checkpoint DIR"
-    try:
-        path = Path(LATEST.read_text().strip())
-    except (OSError, UnicodeDecodeError):
-        raise ValueError(f"no model yet ({LATEST} is not there): {remedy}") from None
-    if not path.is_dir():
-        raise ValueError(f"{LATEST} names {path}, which is not there any more: {remedy}")
-    return path
-
-
-def _settings(args: argparse.Namespace, stored: dict[str, Any], path: Path) -> tuple[SamplingParams, int]:
-    """Sampling settings and length: flags first, then the checkpoint's generation_config.json, then ChatDoctor's."""
-    from llama.checkpoint import SAMPLING
-    from llama.sampling import SamplingParams
-
-    stored = {k: stored[k] for k in (*SETTINGS, "do_sample") if stored.get(k) is not None}
-    if stored.pop("do_sample", True) is False:
-        stored["temperature"] = 0.0
-    try:
-        SamplingParams(**{k: v for k, v in stored.items() if k != "max_new_tokens"})
-    except ValueError as e:
-        raise ValueError(f"{path}/generation_config.json: {e}") from None
-    flags = {k: getattr(args, k) for k in SETTINGS if getattr(args, k) is not None}
-    defaults = {k: v for k, v in SAMPLING.items() if k in SETTINGS}
-    values = {**defaults, **stored, **flags}
-    max_new_tokens = values.pop("max_new_tokens")
-    return SamplingParams(**values, seed=args.seed), max_new_tokens
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise ValueError(f"--device {name} is not to be had here ({str(e).splitlines()[0]}); try cpu") from None
-    return name
 
 
 # --- one question ---------------------------------------------------------------------------------
