@@ -84,7 +84,7 @@ def run(argv: list[str]) -> int:
     key = _key(args.api_key_file)
     if not _loopback(args.host) and key is None:
         raise ValueError(
-            f"--host {args.host} is open to other machines: give the server a key first, in {KEY} or --api_key_file FILE"
+            f"--host {args.host} is open to other machines: give the server a key, in {KEY} or --api_key_file FILE"
         )
     path = _checkpoint(args.checkpoint)
     try:

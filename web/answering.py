@@ -12,7 +12,7 @@ from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
-from llama.engine import Begun, Done, Failed, Happening, Piece
+from llama.engine import Begun, Done, Failed, Full, Happening, Piece
 from web.choices import Choices
 from web.guard import note_of, respond
 from web.refusal import Refusal
@@ -20,6 +20,11 @@ from web.requests import Asked
 from web.service import Prepared, Service
 from web.shapes import Chat, Choice, Completion, Usage
 
+STREAM = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-store"),
+    (b"x-accel-buffering", b"no"),  # nginx would collect the tokens
+]
 PING = 10.0  # seconds of silence after which a stream gets a comment, so that whoever relays it keeps it open
 
 
@@ -75,7 +80,12 @@ class _Answering:
         self._prepared = prepared = await asyncio.to_thread(service.prepare, asked)
         shape = (Completion if asked.dialogue is None else Chat)(service.name, prepared.doctor.tokenizer)
         self._found = [Choice() for _ in prepared.requests]
-        self._choices.submit(prepared.requests)
+        try:
+            self._choices.submit(prepared.requests)
+        except Full as e:
+            service.answering()  # it may be closed by now, which is another matter
+            message = "too many requests wait for an answer; come back later"
+            raise Refusal(429, message, code="queue_full", retry_after=e.retry_after) from None
         try:
             await (self._stream(shape) if asked.stream else self._whole(shape))
         finally:
@@ -87,10 +97,7 @@ class _Answering:
             if event is not None:
                 i, happening = event
                 if isinstance(happening, Failed):
-                    if happening.fatal:
-                        self._service.break_down()
-                    if self._service.state == "stopping":
-                        raise self._service.refusal()
+                    self._service.answering()  # a failure of the whole engine, or its end, is told as such
                     raise Refusal(500, f"the model failed on this request: {happening.message}", code="model_error")
                 self._take(i, happening)
             yield event
@@ -130,13 +137,7 @@ class _Answering:
         await respond(self._send, 200, _json(body), {})
 
     async def _stream(self, shape: Chat) -> None:
-        head = {
-            "content-type": "text/event-stream; charset=utf-8",
-            "cache-control": "no-store",
-            "x-accel-buffering": "no",
-        }
-        headers = [(k.encode(), v.encode()) for k, v in head.items()]
-        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+        await self._send({"type": "http.response.start", "status": 200, "headers": STREAM})
         try:
             for i in range(len(self._found)):
                 if self._asked.dialogue is not None:

@@ -10,10 +10,9 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Self
 
-from llama.engine import Begun, Done, Engine, Failed, Full, Happening, Piece, Ticket
+from llama.engine import Begun, Done, Engine, Failed, Happening, Piece, Ticket
 from llama.generation import Request
 from web.metrics import Metrics
-from web.refusal import Refusal
 
 
 class Choices:
@@ -29,13 +28,9 @@ class Choices:
         self.tokens = 0
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """Hand them to the engine. Refusal 429 if it has no place for them all; then it keeps none."""
+        """Hand them to the engine. Full if it has no place for them all."""
         for i, request in enumerate(requests):
-            try:
-                self._open[i] = self._engine.submit(request, self._teller(i))
-            except Full as e:
-                message = "too many requests wait for an answer; come back later"
-                raise Refusal(429, message, code="queue_full", retry_after=e.retry_after) from None
+            self._open[i] = self._engine.submit(request, self._teller(i))
             self._last[i] = time.perf_counter()
 
     def _teller(self, i: int) -> Callable[[Happening], None]:

@@ -1,7 +1,8 @@
 """What every request passes before a route sees it: host, origin, key; and what every response gets on its way out.
 
 The outermost layer of the application. It also counts, writes the log, turns every failure into an answer of OpenAI's
-shape, and reads bodies within their limit. No text of a request or an answer goes into the log unless that is asked for.
+shape, and reads on where a body is not wanted. No text of a request or an answer goes into the log unless that is
+asked for.
 """
 
 from __future__ import annotations
@@ -127,8 +128,9 @@ class Guard:
             raise Refusal(
                 403, "pages of other hosts may not ask this server; serve.py has --allow_origin", code="origin"
             )
-        path, preflight = scope["path"], scope["method"] == "OPTIONS" and origin in access.origins
-        if access.key is None or preflight or path in OPEN or path.startswith("/page/"):
+        if scope["method"] == "OPTIONS" and origin in access.origins:  # a preflight, which carries no key
+            return
+        if access.key is None or scope["path"] in OPEN or scope["path"].startswith("/page/"):
             return
         given = next((v for k, v in headers if k == "authorization"), "")
         scheme, _, key = given.partition(" ")

@@ -1,4 +1,4 @@
-"""How much a request may ask for, and how long a client may take. serve.py and tests make one, everything here reads it.
+"""How much a request may ask for, and how long a client may take. serve.py and tests make one, all here read it.
 
 Every limit is answered with a status that says which it was: 413 body, 431 headers, 400 for what a request holds,
 429 for what does not fit beside the others, 408 or a closed connection for who is slow.

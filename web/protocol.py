@@ -1,4 +1,4 @@
-"""uvicorn's HTTP/1.1 connection with what it lacks: time limits for who sends or reads slowly, and refusals in our shape.
+"""uvicorn's HTTP/1.1 connection with what it lacks: time limits for who sends or reads slowly, refusals in our shape.
 
 server.py gives it to uvicorn. A connection is in one of four states: its headers are awaited, its body is, an answer is
 under way, or it is idle between two requests (which uvicorn limits itself).

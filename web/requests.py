@@ -1,13 +1,13 @@
 """Request bodies -> what is asked: OpenAI's fields, ours beside them, each with its limits.
 
-app.py calls chat(), completion() and rating(); openapi.py describes the same tables. Fields of OpenAI's that this server
-cannot honour are refused unless they ask for nothing; those that change no answer are taken and ignored.
+app.py calls chat(), completion() and rating(); openapi.py describes the same tables. Fields of OpenAI's that this
+server cannot honour are refused unless they ask for nothing; those that change no answer are taken and ignored.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from data.patient import KEYS, LISTS, LONGEST, MOST, SEXES, Card
@@ -32,11 +32,9 @@ class Asked:
     max_new_tokens: int | None
     stop: tuple[str, ...]
     choices: int  # of each prompt
-    logprobs: bool
-    top_logprobs: int
     stream: bool
     include_usage: bool
-    card: Card = Card()
+    card: Card = field(default_factory=Card)
     grounded: bool | None = None  # None: as the server does
 
 
@@ -161,11 +159,10 @@ def chat(body: Any, table: Record, limits: Limits, defaults: SamplingParams, cha
         card = card_from_json(value.get("patient", {}), "patient")
     except ValueError as e:
         raise wrong("patient", str(e)) from None
+    params = replace(defaults, logprobs=logprobs, top_logprobs=value.get("top_logprobs", 0))
     return replace(
-        _asked(value, limits, defaults, dialogue, ()),
+        _asked(value, limits, params, dialogue, ()),
         max_new_tokens=value.get("max_completion_tokens", value.get("max_tokens")),
-        logprobs=logprobs,
-        top_logprobs=value.get("top_logprobs", 0),
         card=card,
         grounded=value.get("grounded"),
     )
@@ -180,8 +177,8 @@ def completion(body: Any, table: Record, limits: Limits, defaults: SamplingParam
     if sum(map(len, prompts)) > limits.text:
         message = f"the prompts have more than {limits.text:,} characters together"
         raise wrong("prompt", message, "string_above_max_length")
-    asked = _asked(value, limits, defaults, None, tuple(prompts))
-    return replace(asked, logprobs="logprobs" in value, top_logprobs=value.get("logprobs", 0))
+    params = replace(defaults, logprobs="logprobs" in value, top_logprobs=value.get("logprobs", 0))
+    return _asked(value, limits, params, None, tuple(prompts))
 
 
 def rating(body: Any, table: Record) -> Rating:
@@ -222,8 +219,6 @@ def _asked(
         max_new_tokens=value.get("max_tokens"),
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
         choices=choices,
-        logprobs=False,
-        top_logprobs=0,
         stream=stream,
         include_usage=value.get("stream_options", {}).get("include_usage", False),
     )

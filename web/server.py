@@ -104,7 +104,7 @@ class Server(uvicorn.Server):
     async def _end(self) -> None:
         """Refuse what comes, wait for what runs, then leave."""
         service = self._service
-        service.state = "stopping"
+        service.stopping = True
         if service.engine is not None:
             await asyncio.to_thread(service.engine.close, self._patience)
         while service.running and self._patience > 0:  # their last words are on the way

@@ -1,6 +1,6 @@
 """What stands behind the routes: model, engine, database and ratings, and where the server is in its life.
 
-server.py moves it from loading to ready to stopping; app.py answers out of it. Knows no HTTP.
+server.py moves it from loading to ready to stopping; app.py and answering.py answer out of it. Knows no HTTP.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Service:
     def __init__(self, name: str, limits: Limits) -> None:
         """name: what the model is called in requests."""
         self.name, self.limits = name, limits
-        self.state: State = "loading"
+        self.stopping = False
         self.doctor: Doctor | None = None
         self.engine: Engine | None = None
         self.database: Database | None = None
@@ -50,14 +50,21 @@ class Service:
         self.metrics = Metrics(lambda: None if self.engine is None else self.engine.stats())
         self.running = 0  # requests that are being answered
 
+    @property
+    def state(self) -> State:
+        """Where it is."""
+        if self.stopping:
+            return "stopping"
+        if self.engine is None:
+            return "loading"
+        return "ready" if self.engine.stats().healthy else "broken"
+
     def begin(self, doctor: Doctor, engine: Engine) -> None:
-        """Be ready, if nobody has asked to stop in the meantime. From any thread."""
-        self.doctor, self.engine = doctor, engine
+        """Be ready. From any thread."""
         context = doctor.model.config.max_seq_len
         self.chat_body, self.completion_body = chat_body(self.limits, context), completion_body(self.limits, context)
         self.rating_body = rating_body(self.limits)
-        if self.state == "loading":
-            self.state = "ready"
+        self.doctor, self.engine = doctor, engine
 
     def answering(self) -> tuple[Doctor, Engine]:
         """What answers. Refusal 503 while there is nothing or it is on its way out."""
@@ -72,11 +79,6 @@ class Service:
         said = {"loading": "the model is being loaded", "stopping": "the server is being stopped"}
         message = said.get(self.state, "the model has failed; the server must be started again")
         return Refusal(503, message, code=self.state, retry_after=COME_BACK[self.state])
-
-    def break_down(self) -> None:
-        """The engine cannot go on."""
-        if self.state == "ready":
-            self.state = "broken"
 
     def prepare(self, asked: Asked) -> Prepared:
         """The engine's requests for what is asked; it takes a while. Refusal if it does not fit the context."""

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from llama.engine import TokenLogprobs
+from llama.sampling import TokenLogprobs
 from llama.tokenizer import Tokenizer
 
 

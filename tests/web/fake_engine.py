@@ -20,6 +20,7 @@ class FakeStats:
     queued: int
     running: int
     rows: int
+    healthy: bool
 
 
 @dataclass(eq=False)
@@ -40,7 +41,7 @@ class FakeEngine:
         self.words, self.pace = words, pace
         self.places = 10_000
         self.fails_after: int | None = None
-        self.fatal = False
+        self.fatal, self.healthy = False, True
         self.tickets: list[FakeTicket] = []
         self._lock = threading.Lock()
         self._closing = threading.Event()
@@ -65,7 +66,7 @@ class FakeEngine:
                 ticket.ended = True
                 return
             if i == self.fails_after:
-                ticket.ended = True
+                ticket.ended, self.healthy = True, not self.fatal
                 tell(Failed("the logits are not finite", self.fatal))
                 return
             ticket.pieces += 1
@@ -77,7 +78,7 @@ class FakeEngine:
         ticket.cancelled.set()
 
     def stats(self) -> FakeStats:
-        return FakeStats(0, len(self.running()), self.places)
+        return FakeStats(0, len(self.running()), self.places, self.healthy)
 
     def close(self, patience: float) -> None:
         self._closing.set()

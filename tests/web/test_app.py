@@ -177,7 +177,7 @@ def test_a_model_error_ends_one_request(serve: Serve) -> None:
     engine.fails_after = None
     assert running.chat().status_code == 200
     engine.fails_after, engine.fatal = 2, True
-    assert running.chat().status_code == 500
+    assert running.chat().json()["error"]["code"] == "broken"
     assert running.ask("GET", "/healthz").status_code == 503
 
 
