@@ -362,9 +362,14 @@ def answer_file(doctor: Doctor, args: argparse.Namespace) -> int:
                     rejected += 1
                     bar.write(f"error: {source} line {line}: {e}", file=sys.stderr)
                     write(line, record, {**({"before": before} if before else {}), "error": str(e)})
-            for answer, _ in batch.step():
+            for answer, *_ in batch.step():
                 tokens += 1
-                if answer.finish_reason:
+                if answer.failure:
+                    line, record, _, before = open_lines.pop(answer)
+                    rejected += 1
+                    bar.write(f"error: {source} line {line}: {answer.failure}", file=sys.stderr)
+                    write(line, record, {**({"before": before} if before else {}), "error": answer.failure})
+                elif answer.finish_reason:
                     line, record, dialogue, before = open_lines.pop(answer)
                     after = doctor.after(dialogue, answer.text) if dialogue else []
                     write(line, record, {**_notices(doctor, before, after), **answer.to_json()})

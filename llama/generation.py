@@ -302,6 +302,7 @@ class Answer:
         self.text = ""
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None  # "stop": EOS or a stop text; "length"; None: broken off
+        self.failure: str | None = None  # what went wrong, where the model could not go on
         self.reused_tokens = 0
         self.drafts: Drafts | None = None  # None: nobody drafts
         self._tokenizer = tokenizer
