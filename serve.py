@@ -68,6 +68,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     add("--feedback", metavar="FILE.db", help="keep rated answers here, once their users have agreed")
     add("--patience", type=float, default=30, metavar="S", help="seconds for running answers when asked to stop (30)")
+    add("--open", action="store_true", help="open the page in a browser, where there is a screen")
     add("--log_texts", action="store_true", help="log what went wrong with its words, which may be a patient's")
     add("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1, ...")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: as the weights are stored")
@@ -76,6 +77,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name, least in (("rows", 1), ("queue", 0), ("port", 0), ("patience", 0)):
         if getattr(args, name) < least:
             p.error(f"--{name} is {getattr(args, name)}; it must be {least} or more")
+    if args.port > 65535:
+        p.error(f"--port is {args.port}; the last one is 65535")
     return args
 
 
@@ -105,11 +108,21 @@ def run(argv: list[str]) -> int:
         service.feedback = Feedback(Path(args.feedback).expanduser())
     access = Access(key, _hosts(args), frozenset(o.rstrip("/") for o in args.allow_origin))
     host, port = listener.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
-    print(f"http://{shown}:{port}/ is the page, http://{shown}:{port}/v1 the API", flush=True)
+    url = f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
+    print(f"{url} is the page, {url}v1 the API", flush=True)
+    if args.open:
+        _open(url)
     server = Server(application(service, access, log_texts=args.log_texts), service, args.patience)
     ended = server.serve_on(listener, lambda: _load(args, path))
     return 0 if ended else 1
+
+
+def _open(url: str) -> None:
+    """Show the page; it says itself that the model is being loaded. Never in a terminal, which a browser would take."""
+    import webbrowser
+
+    if sys.platform in ("darwin", "win32") or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY")):
+        webbrowser.open(url)
 
 
 def _load(args: argparse.Namespace, path: Path) -> tuple[Doctor, Engine]:

@@ -29,8 +29,8 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=512)
-    except (OSError, OverflowError) as e:
-        raise ValueError(f"cannot listen on {host}, port {port} ({getattr(e, 'strerror', None) or e})") from None
+    except OSError as e:
+        raise ValueError(f"cannot listen on {host}, port {port} ({e.strerror or e})") from None
 
 
 class Server(uvicorn.Server):
