@@ -99,7 +99,8 @@ def test_a_cpu_run_never_loads_triton() -> None:
 def test_nothing_happens_at_import(path: Path) -> None:
     """Top level holds definitions, constants and imports; no statement that acts."""
     for node in ast.parse(path.read_text()).body:
-        allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
+        definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
+        allowed = (ast.Import, ast.ImportFrom, *definitions)
         docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         main = isinstance(node, ast.If) and "__main__" in ast.unparse(node.test)
         registration = path.parent.name == "kernels" and ".register_autograd(" in ast.unparse(node)

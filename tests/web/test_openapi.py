@@ -70,7 +70,7 @@ def fuzz(serve: Serve, tmp_path: Path, examples: int) -> int:
 
 
 def test_some_cases(serve: Serve, tmp_path: Path) -> None:
-    assert fuzz(serve, tmp_path, 80) >= 300
+    assert fuzz(serve, tmp_path, 120) >= 300
 
 
 @pytest.mark.slow
