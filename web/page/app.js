@@ -1,119 +1,28 @@
 // The page: which consultation is shown, what is asked, and what the buttons outside a turn do.
 
-import { about, answer, eraseRatings, Refusal, setKey } from "./api.js";
+import { eraseRatings, setKey } from "./api.js";
+import { abandon, ask, connect, keep, messagesOf, server, stop, withKey, writing } from "./asking.js";
 import { byId, el, furnish, icon, open, plain, say, sure } from "./dom.js";
 import { cardLine, editCard } from "./patient.js";
 import { rated } from "./rating.js";
 import * as store from "./store.js";
 import { TurnView } from "./turn.js";
 
-const KEEP_EVERY = 1000; // milliseconds between two savings of an answer that is being written
-
-let server = null; // what /api/about says, once it could be asked
 let shown = store.newConsultation();
 let views = []; // of the turns of the consultation that is shown
-let writing = null; // {turn, consultation, abort} of the answer that is being written
 let pinned = true; // whether the end of the consultation is kept in view
 
-// --- asking ---
-
-/** Have a question answered, as the next turn of the consultation that is shown. */
-async function ask(question) {
-  if (writing) return;
-  const turn = store.newTurn(question);
-  const consultation = shown;
-  const messages = [...told(consultation.turns), { role: "user", content: question }];
-  consultation.turns.push(turn);
-  writing = { turn, consultation, abort: new AbortController() };
-  pinned = true;
-  showConsultation();
-  showBusy();
-  keep(consultation);
-  try {
-    await withKey(() => write(turn, messages));
-  } catch (error) {
-    end(turn, error);
-  }
-  writing = null;
-  keep(consultation);
-  refresh(turn, true);
-  showBusy();
-}
-
-/** Take an answer in as it comes. */
-async function write(turn, messages) {
-  server ??= await about();
-  showServer();
-  const card = store.patient();
-  const request = { model: server.model, messages, ...(Object.keys(card).length ? { patient: card } : {}) };
-  let kept = Date.now();
-  let drawn = false;
-  for await (const part of answer(request, writing.abort.signal)) {
-    turn.answer += part.text;
-    turn.before.push(...part.before.map(String));
-    turn.rows.push(...part.rows);
-    turn.after.push(...part.after.map(String));
-    turn.leftOut = Math.max(turn.leftOut, part.leftOut);
-    turn.end = part.end ?? turn.end;
-    if (part.before.length) refresh(turn, true);
-    else if (!drawn) {
-      drawn = true;
-      requestAnimationFrame(() => {
-        drawn = false;
-        if (turn.end === null) refresh(turn, true);
-      });
-    }
-    if (Date.now() - kept > KEEP_EVERY) {
-      keep(writing.consultation);
-      kept = Date.now();
-    }
-  }
-  turn.end ??= "stop";
-}
-
-/** How a turn ends that did not come to its end. */
-function end(turn, error) {
-  if (writing.abort.signal.aborted) {
-    turn.end = "stopped";
-    return;
-  }
-  turn.end = turn.answer ? "cut" : "failed";
-  turn.trouble = error instanceof Refusal ? error.message : "Something went wrong on this page.";
-  if (error.retryAfter) turn.retryAt = Date.now() + 1000 * error.retryAfter;
-  if (!(error instanceof Refusal)) console.error(error);
-  say(turn.trouble);
-}
-
-/** The turns that count, as messages: a question without an answer is none of the conversation. */
-function told(turns) {
-  return turns
-    .filter((turn) => turn.answer.trim())
-    .flatMap((turn) => [{ role: "user", content: turn.question }, { role: "assistant", content: turn.answer.trimEnd() }]);
-}
-
-/** Do what asks the server; where it wants a key, ask for one and do it again. */
-async function withKey(what) {
-  for (let why = "This server asks for a key. It is kept until this tab is closed."; ; why = "The server does not accept this key.") {
-    try {
-      return await what();
-    } catch (error) {
-      if (error.status !== 401) throw error;
-      setKey(null);
-      byId("key-why").textContent = why;
-      byId("key-value").value = "";
-      if ((await open(byId("key"))) !== "send") throw error;
-      setKey(byId("key-value").value.trim());
-      byId("key-value").value = "";
-    }
-  }
-}
-
-function keep(consultation) {
-  if (consultation.erased) return;
-  consultation.changed = Date.now();
-  store.keep(consultation);
-  showList();
-}
+const tell = {
+  began() {
+    pinned = true;
+    showConsultation();
+    showBusy();
+  },
+  changed: refresh,
+  kept: showList,
+  connected: showServer,
+  ended: showBusy,
+};
 
 // --- what a turn's buttons do ---
 
@@ -123,7 +32,7 @@ const actions = {
     view.buttons.querySelector('[aria-label="Copy answer"]')?.classList.add("done");
   },
   edit(view) {
-    if (writing) return;
+    if (writing()) return;
     const at = shown.turns.indexOf(view.turn);
     view.editQuestion(shown.turns.length - at - 1, (text) => askAgain(at, text));
   },
@@ -133,12 +42,12 @@ const actions = {
   async rate(view, rating) {
     const at = shown.turns.indexOf(view.turn);
     const consultation = shown;
-    const messages = [...told(shown.turns.slice(0, at)), { role: "user", content: view.turn.question }];
+    const messages = [...messagesOf(shown.turns.slice(0, at)), { role: "user", content: view.turn.question }];
     try {
       const result = await rated(messages, view.turn.answer, rating, withKey);
       if (!result) return;
       view.turn.rating = result;
-      keep(consultation);
+      keep(consultation, tell);
       view.update({ last: at === shown.turns.length - 1 });
       say(`Kept as rating ${result.id}`);
     } catch (error) {
@@ -149,10 +58,10 @@ const actions = {
 
 /** Ask anew from a turn on; it and what follows it go. */
 function askAgain(at, question) {
-  if (writing || at < 0) return;
+  if (writing() || at < 0) return;
   shown.turns.length = at;
   byId("question").focus();
-  ask(question);
+  ask(shown, question, tell);
 }
 
 async function copied(text) {
@@ -178,7 +87,7 @@ async function copied(text) {
 function showConsultation() {
   byId("empty").hidden = shown.turns.length > 0;
   const known = new Map(views.map((view) => [view.turn, view]));
-  views = shown.turns.map((turn) => known.get(turn) ?? new TurnView(turn, actions, () => Boolean(server?.feedback)));
+  views = shown.turns.map((turn) => known.get(turn) ?? new TurnView(turn, actions, () => Boolean(server()?.feedback)));
   byId("consultation").replaceChildren(...views.map((view) => view.element));
   views.forEach((view, i) => view.update({ last: i === views.length - 1 }));
   document.title = shown.turns.length ? `${title(shown)} · ChatDoctor` : "ChatDoctor";
@@ -191,16 +100,19 @@ function refresh(turn, live) {
   follow();
 }
 
+/** Keep the end in view, but never at the cost of an emergency's notice. */
 function follow() {
-  if (pinned) byId("scroll").scrollTop = byId("scroll").scrollHeight;
+  const box = byId("scroll");
+  const alarm = views.at(-1)?.element.querySelector(".emergency");
+  const most = alarm ? box.scrollTop + alarm.getBoundingClientRect().top - box.getBoundingClientRect().top - 8 : Infinity;
+  if (pinned) box.scrollTop = Math.min(box.scrollHeight, most);
   byId("latest").hidden = pinned || !shown.turns.length;
 }
 
 function showBusy() {
   const focused = document.activeElement;
-  byId("send").hidden = Boolean(writing);
-  byId("stop").hidden = !writing;
-  document.body.classList.toggle("busy", Boolean(writing));
+  byId("send").hidden = Boolean(writing());
+  byId("stop").hidden = !writing();
   if (focused === byId("stop") || focused === byId("send")) byId("question").focus();
 }
 
@@ -225,10 +137,10 @@ function title(consultation) {
 }
 
 function showServer() {
-  if (!server) return;
-  byId("model").textContent = plain([server.model, server.description].filter(Boolean).join(" · "));
-  if (server.disclaimer) byId("disclaimer").textContent = plain(server.disclaimer).replace(/\s+/g, " ");
-  byId("erase-ratings").hidden = !server.feedback;
+  const { model, description, disclaimer, feedback } = server();
+  byId("model").textContent = plain([model, description].filter(Boolean).join(" · "));
+  if (disclaimer) byId("disclaimer").textContent = plain(disclaimer).replace(/\s+/g, " ");
+  byId("erase-ratings").hidden = !feedback;
 }
 
 function showPatient() {
@@ -246,7 +158,7 @@ function showError(text) {
 // --- consultations ---
 
 function go(id) {
-  const found = writing?.consultation.id === id ? writing.consultation : store.consultation(id);
+  const found = writing()?.consultation.id === id ? writing().consultation : store.consultation(id);
   if (!found) return;
   shown = found;
   brokenOff(shown);
@@ -266,7 +178,7 @@ function start() {
 /** Answers that were being written when the page was left. */
 function brokenOff(consultation) {
   for (const turn of consultation.turns) {
-    if (turn.end === null && turn !== writing?.turn) {
+    if (turn.end === null && turn !== writing()?.turn) {
       turn.end = turn.answer ? "cut" : "failed";
       turn.trouble = "The page was left before the answer was complete.";
     }
@@ -275,10 +187,7 @@ function brokenOff(consultation) {
 
 async function erase(one) {
   if (!(await sure("Erase this consultation?", `“${title(one)}” will be erased from this browser.`))) return;
-  if (writing?.consultation.id === one.id) {
-    writing.consultation.erased = true;
-    writing.abort.abort();
-  }
+  if (writing()?.consultation.id === one.id) abandon();
   store.forget(one.id);
   if (shown.id === one.id) shown = store.newConsultation();
   start();
@@ -287,10 +196,7 @@ async function erase(one) {
 
 async function eraseAll() {
   if (!(await sure("Erase everything?", "All consultations, the patient card, the key and your consent will be erased from this browser."))) return;
-  if (writing) {
-    writing.consultation.erased = true;
-    writing.abort.abort();
-  }
+  abandon();
   store.forgetAll();
   setKey(null);
   shown = store.newConsultation();
@@ -332,11 +238,11 @@ function showTheme() {
 function send() {
   const box = byId("question");
   const text = box.value.trim();
-  if (!text || writing) return;
+  if (!text || writing()) return;
   box.value = "";
   fit(box);
   if (touched()) box.blur();
-  ask(text);
+  ask(shown, text, tell);
 }
 
 /** Whether the keyboard is on the screen: it would cover the answer, and its Enter begins a line. */
@@ -361,7 +267,7 @@ function listen() {
     event.preventDefault();
     send();
   });
-  on("stop", "click", () => writing?.abort.abort());
+  on("stop", "click", stop);
   on("latest", "click", () => {
     pinned = true;
     follow();
@@ -396,11 +302,11 @@ function listen() {
     store.keepTheme(theme);
     showTheme();
   });
-  for (const example of document.querySelectorAll(".example")) example.addEventListener("click", () => ask(example.textContent));
+  for (const example of document.querySelectorAll(".example")) example.addEventListener("click", () => ask(shown, example.textContent, tell));
   document.addEventListener("keydown", (event) => {
     if (event.key !== "Escape" || document.querySelector("dialog[open]")) return;
     if (document.body.classList.contains("sidebar")) showSidebar(false);
-    else writing?.abort.abort();
+    else stop();
   });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", showTheme);
   matchMedia("(max-width: 56rem)").addEventListener("change", () => showSidebar(false));
@@ -409,7 +315,7 @@ function listen() {
     showList();
     showPatient();
   });
-  addEventListener("pagehide", () => writing && keep(writing.consultation));
+  addEventListener("pagehide", () => writing() && keep(writing().consultation, tell));
 }
 
 async function begin() {
@@ -425,8 +331,7 @@ async function begin() {
   }
   start();
   try {
-    server = await withKey(about);
-    showServer();
+    await withKey(() => connect(tell));
     showConsultation();
   } catch (error) {
     showError(error.message);

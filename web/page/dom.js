@@ -35,7 +35,7 @@ export function el(tag, attributes = {}, ...children) {
     else if (value === true) node.setAttribute(name, "");
     else if (value !== false && value !== null && value !== undefined) node.setAttribute(name, value);
   }
-  const some = children.flat().filter((child) => child !== null && child !== undefined && child !== false);
+  const some = children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false);
   node.append(...some.map((child) => (child instanceof Node ? child : plain(child))));
   return node;
 }

@@ -2,6 +2,7 @@
 // text with their address, and the only thing to press is a citation, "[DB 712]", of a row that the server sent.
 
 import { el, plain } from "./dom.js";
+import { CITATION, idsOf } from "./sources.js";
 
 const DEEPEST = 6; // quotes and lists inside each other
 const FENCE = /^ {0,3}(`{3,}|~{3,})/;
@@ -16,7 +17,7 @@ const INLINE = new RegExp(
   [
     /\\(?<escaped>[\\`*_{}[\]()#+\-.!|>~])/,
     /(?<ticks>`{1,2})(?<code>[^\n]{1,600}?)\k<ticks>/,
-    /\[DB (?<cited>\d{1,9})\]/,
+    CITATION,
     /!?\[(?<label>[^\]\n]{0,300})\]\((?<address>[^()\s]{0,600}(?:\([^()\s]{0,200}\)[^()\s]{0,200})?)(?:[ \t]+[^)\n]{0,200})?\)/,
     /\*\*(?=\S)(?<strong>[^\n]{1,600}?)(?<=\S)\*\*/,
     /(?<!\w)__(?=\S)(?<strong2>[^\n]{1,600}?)(?<=\S)__(?!\w)/,
@@ -170,7 +171,7 @@ function marked(match, context) {
   const g = match.groups;
   if (g.escaped !== undefined) return [g.escaped];
   if (g.code !== undefined) return [el("code", {}, g.code)];
-  if (g.cited !== undefined) return [context.cite(g.cited) ?? el("span", { class: "missing" }, `[DB ${g.cited}: no such entry]`)];
+  if (g.cited !== undefined) return idsOf(g.cited).map((id) => context.cite(id) ?? el("span", { class: "missing" }, `[DB ${id}: not given]`));
   if (g.address !== undefined) return [...inline(g.label, context), g.address ? ` (${g.address})` : ""];
   if (g.line !== undefined) return [el("br")];
   if (g.gone !== undefined) return [el("s", {}, inline(g.gone, context))];

@@ -2,15 +2,15 @@
 
 import { el, icon, plain } from "./dom.js";
 
-// How the texts begin (data/triage.py, data/patient.py); what begins otherwise is a plain note.
+// How the texts begin (data/triage.py, patient.py, grounding.py); what begins otherwise is a plain note.
 const KINDS = [
   ["emergency", /^EMERGENCY\b/],
   ["allergy", /^ALLERGY\b/],
   ["doctor", /^See a doctor\b/],
   ["self-care", /^Self-care\b/],
-  ["unsourced", /^Unsourced\b/i],
+  ["unsourced", /^(Unsourced|Invented)\b/],
 ];
-const HEADLINE = /^([A-Za-z][\w -]{1,40}?)(?: \(rule ([\w-]{1,60})\))?[.:]\s+(?=\S)/;
+const HEADLINE = /^([A-Za-z][\w ,-]{1,60}?)(?: \(rule ([\w-]{1,60})\))?[.:]\s+(?=\S)/;
 const NUMBERS = /\b(112|911|999|988|1-800-222-1222)\b/;
 
 /** A notice as an element; live: it has just come, and a screen reader says it at once. */
@@ -38,11 +38,14 @@ function callable(text) {
   return text.split(NUMBERS).map((part, i) => (i % 2 ? el("a", { href: `tel:${part.replaceAll("-", "")}` }, part) : part));
 }
 
-/** The names that notices like "Unsourced: ibuprofen; an X-ray." say no source was found for. */
-export function unsourcedNames(texts) {
-  return texts.flatMap((text) => {
-    const list = plain(text).match(/^Unsourced\b[^:]*:\s*([^\n]+)/i)?.[1] ?? "";
-    const names = list.replace(/\.\s*$/, "").split(/\s*[;,]\s*/);
-    return names.filter((name) => name.length > 1 && name.length < 80).slice(0, 60);
-  });
+/** Texts line by line, but for rows that stand beside them as cards. */
+export function linesOf(texts, rows) {
+  const lines = texts.flatMap((text) => plain(text).split("\n"));
+  return lines.filter((line) => line.trim() && !rows.has(line.match(/^\[DB (\d+)\]/)?.[1]));
+}
+
+/** The names that lines like "Unsourced, for no cited row holds it: ibuprofen; an X-ray." have. */
+export function unsourcedNames(lines) {
+  const lists = lines.map((line) => line.match(/^Unsourced\b[^:]*: *(.+?)\.?$/)?.[1] ?? "");
+  return lists.flatMap((list) => list.split("; ")).filter((name) => name.length > 1 && name.length < 80).slice(0, 60);
 }

@@ -2,11 +2,19 @@
 
 import { el, plain } from "./dom.js";
 
-const FIELDS = [["symptoms", "Symptoms"], ["tests", "Tests"], ["medications", "Medications"]];
+const FIELDS = [["symptoms", "Symptoms"], ["tests", "Tests"], ["medications", "Medications"], ["text", "Text"], ["source", "Source"]];
+
+/** "[DB 712]", "[DB 712, 88]" and "[DB 712, DB 88]" (data/grounding.py): how an answer cites. */
+export const CITATION = /\[DB ?(?<cited>\d{1,9}(?:, ?(?:DB ?)?\d{1,9}){0,20})\]/;
 
 /** The ids that a text cites. */
 export function citedIn(text) {
-  return new Set([...text.matchAll(/\[DB (\d{1,9})\]/g)].map((match) => match[1]));
+  return new Set([...text.matchAll(new RegExp(CITATION, "g"))].flatMap((match) => idsOf(match.groups.cited)));
+}
+
+/** The ids inside the brackets of a citation. */
+export function idsOf(cited) {
+  return cited.match(/\d+/g);
 }
 
 /** Rows as they may be shown, each with an id of its own. */
@@ -37,7 +45,6 @@ function card(id, row) {
     const values = Array.isArray(row[key]) ? row[key].join(", ") : (row[key] ?? "");
     if (values) list.append(el("dt", {}, title), el("dd", {}, values));
   }
-  if (row.source) list.append(el("dt", {}, "Source"), el("dd", {}, row.source));
   if (row.url) list.append(el("dt", {}, "Address"), el("dd", {}, address(row.url)));
   return el("details", { class: "card" }, el("summary", {}, el("span", { class: "id" }, `DB ${id}`), " ", row.name ?? ""), list);
 }

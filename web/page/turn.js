@@ -2,7 +2,7 @@
 
 import { el, icon, plain, say } from "./dom.js";
 import { show } from "./markdown.js";
-import { notice, unsourcedNames } from "./notices.js";
+import { linesOf, notice, unsourcedNames } from "./notices.js";
 import { citedIn, sources, usable } from "./sources.js";
 
 const ENDINGS = {
@@ -18,7 +18,6 @@ export class TurnView {
     this.feedback = feedback;
     this.cards = new Map();
     this.spoken = 0; // letters of the answer that a screen reader has been given
-    this.notices = 0;
     this.timer = null;
     this.question = el("div", { class: "question" });
     this.before = el("div", { class: "notices" });
@@ -63,14 +62,18 @@ export class TurnView {
   }
 
   showNotices(live) {
-    const { turn } = this;
-    while (this.before.childNodes.length < turn.before.length) this.before.append(notice(turn.before[this.before.childNodes.length], live));
-    while (this.after.childNodes.length < turn.after.length) this.after.append(notice(turn.after[this.after.childNodes.length], live));
+    for (const [place, texts] of [[this.before, this.turn.before], [this.after, this.linesAfter()]]) {
+      place.append(...texts.slice(place.childNodes.length).map((text) => notice(text, live)));
+    }
+  }
+
+  linesAfter() {
+    return linesOf(this.turn.after, usable(this.turn.rows));
   }
 
   showText() {
     const rows = usable(this.turn.rows);
-    const unsourced = unsourcedNames(this.turn.after);
+    const unsourced = unsourcedNames(this.linesAfter());
     const cite = (id) => {
       const row = rows.get(id);
       if (!row) return null;
