@@ -1,16 +1,16 @@
-"""A server on a socket of this machine, in a thread, with a tiny model and an engine of the test's choice."""
+"""The HTTP server in a thread; and the page in a real browser: Debian's Chromium, headless, driven by Playwright.
+
+The browser's tests are skipped where it or Playwright is missing.
+"""
 
 from __future__ import annotations
 
-import socket
-import threading
-import time
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import pytest
 import torch
 
@@ -20,44 +20,16 @@ from llama.generation import Doctor
 from llama.model import Llama
 from llama.sampling import SamplingParams
 from llama.tokenizer import Tokenizer
-from tests.web.fake_engine import FakeEngine
-from web.app import PAGE, application
-from web.guard import Access
-from web.limits import Limits
-from web.server import Server, listen
-from web.service import Service
+from tests.web.page_server import PageServer
+from tests.web.running import Running, start
 
-HOSTS = frozenset({"127.0.0.1", "localhost"})
-QUESTION = [{"role": "user", "content": "I have had a cough for two days"}]
-
-
-@dataclass
-class Running:
-    """One that is up."""
-
-    service: Service
-    server: Server
-    port: int
-    thread: threading.Thread
-    log: list[str] = field(default_factory=list)
-    result: list[Any] = field(default_factory=list)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def ask(self, method: str = "POST", path: str = "/v1/chat/completions", **options: Any) -> httpx2.Response:
-        return httpx2.request(method, self.url + path, timeout=30, **options)
-
-    def chat(self, **fields: Any) -> httpx2.Response:
-        return self.ask(json={"messages": QUESTION, **fields})
-
-    def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), timeout=30)
-
-    def stop(self) -> None:
-        """As SIGTERM does."""
-        self.server.handle_exit(15, None)
+ROOT = Path(__file__).resolve().parents[2]
+AXE = "4.14.1"  # axe-core's version: its rules decide what passes
+# As root Chromium has no sandbox of its own; the rest keeps it from looking for hosts that are not the test's.
+FLAGS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+)
 
 
 @pytest.fixture(scope="session")
@@ -71,46 +43,67 @@ def doctor(small_tokenizer: Tokenizer) -> Doctor:
 
 @pytest.fixture
 def serve(doctor: Doctor) -> Iterator[Callable[..., Running]]:
-    """Start servers; they are stopped at the end."""
+    """Starts servers, which are stopped at the end."""
     started: list[Running] = []
 
-    def start(
-        engine: Any = None,
-        limits: Limits | None = None,
-        access: Access | None = None,
-        load: Callable[[], Any] | None = None,
-        page: Path = PAGE,
-        prepare: Callable[[Service], None] = lambda _: None,
-        **options: Any,
-    ) -> Running:
-        service = Service("chatdoctor", limits or Limits())
-        prepare(service)
-        log: list[str] = []
-        app = application(service, access or Access(hosts=HOSTS), log=log.append, page=page)
-        listener = listen("127.0.0.1", 0)
-        server = Server(app, service, **options)
-        result: list[Any] = []
+    def begin(*args: Any, **options: Any) -> Running:
+        started.append(start(doctor, *args, **options))
+        return started[-1]
 
-        def work() -> None:
-            try:
-                result.append(server.serve_on(listener, load or (lambda: (doctor, engine or FakeEngine()))))
-            except BaseException as e:
-                result.append(e)
-
-        thread = threading.Thread(target=work, daemon=True)
-        running = Running(service, server, listener.getsockname()[1], thread, log, result)
-        thread.start()
-        started.append(running)
-        deadline = time.monotonic() + 20
-        while not server.started or (load is None and service.state == "loading"):
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        return running
-
-    yield start
+    yield begin
     for running in started:
         running.stop()
         running.server.should_exit = running.server.force_exit = True
     for running in started:
         running.thread.join(20)
         assert not running.thread.is_alive()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("needs Debian's chromium (apt-get install chromium)")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=FLAGS.split())
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def server() -> Iterator[PageServer]:
+    with PageServer() as server:
+        yield server
+
+
+@pytest.fixture
+def page(browser: Any, server: PageServer) -> Iterator[Any]:
+    """The page, opened, in a browser that has never seen it. Whatever it complains about on its console fails the test."""
+    context = browser.new_context(viewport={"width": 1100, "height": 800})
+    page = context.new_page()
+    complaints: list[str] = []
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("console", lambda line: line.type == "error" and complaints.append(line.text))
+    page.on("dialog", lambda dialog: complaints.append(f"dialog: {dialog.message}") or dialog.dismiss())
+    page.goto(server.url)
+    page.get_by_role("button", name="Send").wait_for()
+    yield page
+    context.close()
+    # A refusal and a cut connection are the test's own, and the browser notes them.
+    assert [c for c in complaints if "Failed to load resource" not in c] == []
+
+
+@pytest.fixture(scope="session")
+def axe(browser: Any) -> str:
+    """axe-core's source, fetched once from the npm registry into .cache/."""
+    folder = ROOT / ".cache" / f"axe-{AXE}"
+    source = folder / "node_modules" / "axe-core" / "axe.min.js"
+    if not source.exists():
+        npm = shutil.which("npm")
+        if npm is None:
+            pytest.skip("needs npm to fetch axe-core")
+        command = [npm, "install", "--no-audit", "--no-fund", "--prefix", str(folder), f"axe-core@{AXE}"]
+        if subprocess.run(command, capture_output=True, timeout=120).returncode:
+            pytest.skip("needs axe-core, and npm could not fetch it")
+    return source.read_text(encoding="utf-8")

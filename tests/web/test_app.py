@@ -11,8 +11,8 @@ import openai
 import pytest
 
 from data.feedback import Feedback
-from tests.web.conftest import QUESTION, Running
 from tests.web.fake_engine import FakeEngine
+from tests.web.running import QUESTION, Running
 from web.service import Service
 
 Serve = Callable[..., Running]

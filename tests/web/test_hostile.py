@@ -12,8 +12,8 @@ from collections.abc import Callable
 import httpx2
 import pytest
 
-from tests.web.conftest import QUESTION, Running
 from tests.web.fake_engine import FakeEngine
+from tests.web.running import QUESTION, Running
 from web.guard import Access
 from web.limits import Limits
 

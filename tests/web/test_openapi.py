@@ -22,7 +22,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from data.feedback import Feedback
-from tests.web.conftest import Running
+from tests.web.running import Running
 from web.service import Service
 
 Serve = Callable[..., Running]
