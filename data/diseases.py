@@ -76,10 +76,16 @@ class Entry:
 
 @dataclass(frozen=True)
 class Hit:
-    """An entry that a search found. Scores compare within one search, the best first."""
+    """An entry that a search found. Scores compare within one search, the best first.
+
+    Of a disease found by a text: worth is the score in units of the IDF that a symptom has which no disease has, so
+    that databases of any size compare; covered is the share of the text's symptoms that are the disease's.
+    """
 
     entry: Entry
     score: float
+    worth: float = 0.0
+    covered: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -221,7 +227,11 @@ class Database:
         assert kind in (DISEASE, PASSAGE)
         if kind == PASSAGE:
             return self._passages(text, limit)
-        return self._hits(self._index.rank(self._clinical(text)), limit, quarantined)
+        words = self._clinical(text)
+        hits = self._hits(self._index.rank(words), limit, quarantined)
+        return [
+            Hit(h.entry, h.score, h.score / self._index.rarest, self._index.covered(words, h.entry.id)) for h in hits
+        ]
 
     def by_symptoms(self, names: Iterable[str], limit: int = 5, quarantined: bool = False) -> list[Hit]:
         """The diseases that have these symptoms, by their names in the lexicon; unknown names count for nothing."""
