@@ -94,6 +94,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="age, sex, pregnancy, allergies, conditions, medications of who asks; /patient edits it in the chat",
     )
     add(
+        "--diseases",
+        metavar="FILE.db",
+        help="answer from rows of this disease database (python -m data.prepare diseases), with citations; say what "
+        "in an answer no cited row holds",
+    )
+    add(
         "--kv_cache",
         choices=["full", "int8"],
         default="full",
@@ -115,8 +121,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         p.error("--input and --output need each other")
     if args.prompt is None and args.input is None and (args.raw or args.json):
         p.error(f"{'--raw' if args.raw else '--json'} needs --prompt or --input")
-    if args.raw and args.patient is not None:
-        p.error("--raw passes the text as it is: --patient has no place in it")
+    if args.raw and (args.patient or args.diseases):
+        p.error(f"--raw passes the text as it is: {'--patient' if args.patient else '--diseases'} has no place in it")
     if args.speculate and args.draft is not None:
         p.error("--speculate and --draft exclude each other")
     if args.input is not None and (args.speculate == "lookup" or args.draft is not None):
@@ -221,9 +227,23 @@ def _attendants(doctor: Doctor, args: argparse.Namespace) -> tuple[Attendant, ..
             found.append(patient)
         if args.triage == "on":
             found.insert(0, Triage(patient.person if patient else Person))
+        if args.diseases is not None:
+            found.append(_grounding(doctor, Path(args.diseases).expanduser()))
 
     doctor.shared(begin)
     return tuple(found)
+
+
+def _grounding(doctor: Doctor, path: Path) -> Attendant:
+    from data.diseases import open_database
+    from data.grounding import Grounding
+    from llama.chat import render
+
+    def size(text: str) -> int:
+        return len(doctor.tokenizer.encode(text))
+
+    frame = render(doctor.question("?"), doctor.chat_format, doctor.tokenizer)[0]
+    return Grounding(open_database(path), size, doctor.place() - len(frame))
 
 
 def _drafter(
@@ -316,16 +336,20 @@ def answer_one(doctor: Doctor, args: argparse.Namespace) -> None:
     finally:  # also after Ctrl-C, which under torchrun is a SystemExit
         after = doctor.after(dialogue, answer.text) if dialogue else []
         if args.json:
-            print(_line({**_notices(doctor, before, after), **answer.to_json()}), flush=True)
+            print(_line({**_notices(doctor, dialogue, before, after, answer), **answer.to_json()}), flush=True)
         else:
             screen.end()
             for said in after:
                 show(said, sys.stdout)
 
 
-def _notices(doctor: Doctor, before: list[str], after: list[str]) -> dict[str, list[str]]:
+def _notices(
+    doctor: Doctor, dialogue: Dialogue | None, before: list[str], after: list[str], answer: Answer
+) -> dict[str, Any]:
     """The fields of an answer for what attendants said, where there are attendants."""
-    return {"before": before, "after": after} if doctor.attendants else {}
+    if not doctor.attendants or dialogue is None:
+        return {}
+    return {"before": before, "after": after, **doctor.fields(dialogue, answer.text)}
 
 
 def _line(value: Any) -> str:
@@ -400,7 +424,7 @@ def answer_file(doctor: Doctor, args: argparse.Namespace) -> int:
                 if answer.finish_reason:
                     line, record, dialogue, before = open_lines.pop(answer)
                     after = doctor.after(dialogue, answer.text) if dialogue else []
-                    write(line, record, {**_notices(doctor, before, after), **answer.to_json()})
+                    write(line, record, {**_notices(doctor, dialogue, before, after, answer), **answer.to_json()})
     if doctor.rank == 0:
         _rewrite(target, dict(_numbered(target.read_bytes())))
     done = len(records) - rejected

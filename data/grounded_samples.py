@@ -1,4 +1,4 @@
-"""The table -> questions with rows of the database before them, and answers that cite: what grounded answers learn from.
+"""The table -> questions with rows of the database before them, and answers that cite: to learn grounded answers from.
 
     python -m data.grounded_samples --output grounded.jsonl
 
@@ -113,9 +113,7 @@ def _disguised(rng: random.Random, rows: Sequence[Entry], everyone: Sequence[Ent
         other = rng.choice(everyone) if kind < mix.swapped_rows + mix.swapped_facts else entry
         name = other.name if kind < mix.swapped_rows else entry.name
         shown.append(
-            replace(
-                entry, id=id_, name=name, tests=other.tests, medications=other.medications, urgency=other.urgency
-            )
+            replace(entry, id=id_, name=name, tests=other.tests, medications=other.medications, urgency=other.urgency)
         )
     return shown
 
