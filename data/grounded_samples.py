@@ -18,14 +18,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data.conditions import SAMPLE, load_table
+from data.conditions import SAMPLE, listed, load_table
 from data.disease_sources import read_source
 from data.diseases import Database, Entry, build, open_database
 from data.grounding import ROWS, cite, facts, with_rows
 from data.synthesize import DISCLAIMER, EMERGENCY, RECIPE, SOON, Example, Split, examples, in_turns
 from llama.command_line import Parser
 
-LARGEST_ID = 20_000  # the three sources together have 17,521 rows
+LARGEST_IDS = (400, 20_000)  # the own table has 318 rows, with ChatDoctor's and MedQuAD's there are 17,521
 NO_ENTRY = "The database has no entry that fits this. Please ask a doctor."
 
 
@@ -106,7 +106,7 @@ def _sample(
 
 def _disguised(rng: random.Random, rows: Sequence[Entry], everyone: Sequence[Entry], mix: Mix) -> list[Entry]:
     """The rows under random ids, perhaps with what other rows say of tests and drugs, and under their names."""
-    ids = rng.sample(range(1, LARGEST_ID + 1), len(rows))
+    ids = _ids(rng, len(rows))
     kind = rng.random()
     shown = []
     for entry, id_ in zip(rows, ids, strict=True):
@@ -118,6 +118,33 @@ def _disguised(rng: random.Random, rows: Sequence[Entry], everyone: Sequence[Ent
     return shown
 
 
+def _ids(rng: random.Random, n: int) -> list[int]:
+    return rng.sample(range(1, rng.choice(LARGEST_IDS) + 1), n)
+
+
+def drills(database: Database, seed: int, n: int) -> Iterator[list[dict[str, str]]]:
+    """n dialogues that only teach to copy: many short rows, and an answer that takes over what they say of each.
+
+    Grounded samples alone did not: of 250 tokens they copy ten, and after 2.8 million tokens the model named the right
+    row and made up its id.
+    """
+    rng = random.Random(f"drill {seed}")
+    everyone = [database.entry(i + 1) for i in range(len(load_table().conditions))]
+    for _ in range(n):
+        with_facts = rng.random() < 0.5
+        picked = rng.sample(everyone, rng.randint(2, 3) if with_facts else rng.randint(3, 6))
+        rows = []
+        for entry, id_ in zip(picked, _ids(rng, len(picked)), strict=True):
+            other = rng.choice(everyone)
+            tests, medications = (other.tests, other.medications) if with_facts else ((), ())
+            symptoms = tuple(rng.sample(entry.symptoms, 2))
+            rows.append(replace(entry, id=id_, symptoms=symptoms, urgency="", tests=tests, medications=medications))
+        asked = rng.sample(rows, len(rows))
+        question = f"What of {listed([e.name for e in asked], 'and')}?"
+        answer = " ".join(" ".join([f"{cite(e)}.", *facts(e)]) for e in asked)
+        yield Grounded(question, tuple(rows), None, answer).messages()
+
+
 # --- command line ---------------------------------------------------------------------------------
 
 
@@ -125,6 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write the dialogues to a file; exit status 2 and one line on stderr for bad input."""
     p = Parser("python -m data.grounded_samples", "Make dialogues with rows of the database, and plain ones.")
     p.add_argument("--grounded", type=int, default=9000, metavar="N", help="dialogues with rows (9000)")
+    p.add_argument("--drills", type=int, default=0, metavar="N", help="dialogues that only teach to copy rows (0)")
     p.add_argument("--plain", type=int, default=6000, metavar="N", help="questions without, replayed (6000)")
     p.add_argument("--seed", type=int, default=1, help="same seed, same dialogues (1; train.py's sample has 0)")
     p.add_argument("--output", required=True, metavar="F.jsonl", help="JSON lines to write")
@@ -142,12 +170,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _write(args: argparse.Namespace) -> int:
-    if args.grounded < 1 or args.plain < 0:
-        raise ValueError(f"--grounded {args.grounded} --plain {args.plain}: at least 1 and 0")
+    if args.grounded < 1 or min(args.plain, args.drills) < 0:
+        raise ValueError(f"--grounded {args.grounded}: at least 1; --plain and --drills: 0 or more")
     plain = list(in_turns(list(examples(load_table(), args.seed, args.plain)), RECIPE.turns, args.seed))
     with tempfile.TemporaryDirectory() as folder, Path(args.output).open("w", encoding="utf-8") as out:
         database = sample_database(Path(folder))
         records = [g.messages() for g in grounded(database, args.seed, args.grounded)]
+        records += drills(database, args.seed, args.drills)
         records += [[{"role": m.role, "content": m.content} for m in d.messages] for d in plain]
         random.Random(args.seed).shuffle(records)
         for messages in records:

@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from data.conditions import listed
+from data.disease_search import words_of
 from data.diseases import PASSAGE, Database, Entry, Hit
 from llama.attendant import Attendant
 from llama.chat import Dialogue, Message
@@ -82,14 +83,19 @@ class Found:
 
 def search(database: Database, text: str, limit: int = ROWS) -> list[Entry]:
     """Diseases for a question, those that it names first, if one of them fits; then a passage about what it names."""
-    words = database.clinical(text)
+    words = _singular(text)
 
     def named(hit: Hit) -> bool:
-        return any(_holds(words, database.clinical(name)) for name in (hit.entry.name, *hit.entry.synonyms))
+        return any(_holds(words, _singular(name)) for name in (hit.entry.name, *hit.entry.synonyms))
 
     hits = sorted(database.search(text, limit), key=named, reverse=True)
     rows = [h.entry for h in hits] if any(named(h) or (h.covered >= COVERED and tells(h)) for h in hits) else []
     return [*rows, *[h.entry for h in database.search(text, limit, PASSAGE) if named(h)][:1]]
+
+
+def _singular(text: str) -> list[str]:
+    """A text's words without a plural's s. Not stems: with these, a burning pain would name burns."""
+    return [w.removesuffix("s") for w in words_of(text)]
 
 
 def tells(hit: Hit) -> bool:
@@ -105,6 +111,7 @@ def _holds(words: Sequence[str], part: Sequence[str]) -> bool:
 
 # --- names in answers -----------------------------------------------------------------------------
 
+_NO_NAMES = "tests treatment medicines medication drugs"  # words that name none by themselves
 _CLAUSE = re.compile(r"[.;:!?,\n]+")
 _PARTS = re.compile(r" such as | or | and |[(),]")
 
@@ -116,6 +123,7 @@ class Names:
     def __init__(self, database: Database) -> None:
         self._clinical = database.clinical
         self._by_first: dict[str, set[tuple[str, ...]]] = {}
+        self._no_names = set(self._clinical(_NO_NAMES))
         medications = database.names("medications")
         for name in (*database.names("tests"), *medications):
             self._add(tuple(self._clinical(name)))
@@ -127,7 +135,7 @@ class Names:
                 self._add(words)
 
     def _add(self, words: tuple[str, ...]) -> None:
-        if words:
+        if not self._no_names.issuperset(words):
             self._by_first.setdefault(words[0], set()).add(words)
 
     def find(self, text: str) -> dict[tuple[str, ...], str]:
