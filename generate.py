@@ -97,6 +97,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="in the chat, /good, /bad and /correct rate an answer and keep it here, once you have agreed",
     )
     add(
+        "--diseases",
+        metavar="FILE.db",
+        help="answer from rows of this disease database (python -m data.prepare diseases), with citations; say what "
+        "in an answer no cited row holds",
+    )
+    add(
         "--kv_cache",
         choices=["full", "int8"],
         default="full",
@@ -120,8 +126,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         p.error(f"{'--raw' if args.raw else '--json'} needs --prompt or --input")
     if args.feedback is not None and (args.raw or args.prompt is not None or args.input is not None):
         p.error("--feedback rates the answers of a chat: leave out --raw, --prompt and --input")
-    if args.raw and args.patient is not None:
-        p.error("--raw passes the text as it is: --patient has no place in it")
+    if args.raw and (args.patient or args.diseases):
+        p.error(f"--raw passes the text as it is: {'--patient' if args.patient else '--diseases'} has no place in it")
     if args.speculate and args.draft is not None:
         p.error("--speculate and --draft exclude each other")
     if args.input is not None and (args.speculate == "lookup" or args.draft is not None):
@@ -229,6 +235,11 @@ def _attendants(doctor: Doctor, args: argparse.Namespace) -> tuple[Attendant, ..
             found.append(Rater(Feedback(Path(args.feedback).expanduser()), doctor.name))
         if args.triage == "on":
             found.insert(0, Triage(patient.person if patient else Person))
+        if args.diseases is not None:
+            from data import grounding
+
+            path = Path(args.diseases).expanduser()
+            found.append(grounding.beside(path, doctor.tokenizer, doctor.chat_format, doctor.place()))
 
     doctor.shared(begin)
     return tuple(found)
@@ -283,16 +294,20 @@ def answer_one(doctor: Doctor, args: argparse.Namespace) -> None:
         asked = dialogue if answer.finish_reason or doctor.ranks == 1 else None
         after = doctor.after(asked, answer.text) if asked else []
         if args.json:
-            print(_line({**_notices(doctor, before, after), **answer.to_json()}), flush=True)
+            print(_line({**_notices(doctor, dialogue, before, after, answer), **answer.to_json()}), flush=True)
         else:
             screen.end()
             for said in after:
                 show(said, sys.stdout)
 
 
-def _notices(doctor: Doctor, before: list[str], after: list[str]) -> dict[str, list[str]]:
+def _notices(
+    doctor: Doctor, dialogue: Dialogue | None, before: list[str], after: list[str], answer: Answer
+) -> dict[str, Any]:
     """The fields of an answer for what attendants said, where there are attendants."""
-    return {"before": before, "after": after} if doctor.attendants else {}
+    if not doctor.attendants or dialogue is None:
+        return {}
+    return {"before": before, "after": after, **doctor.fields(dialogue, answer.text)}
 
 
 def _line(value: Any) -> str:
@@ -372,7 +387,7 @@ def answer_file(doctor: Doctor, args: argparse.Namespace) -> int:
                 elif answer.finish_reason:
                     line, record, dialogue, before = open_lines.pop(answer)
                     after = doctor.after(dialogue, answer.text) if dialogue else []
-                    write(line, record, {**_notices(doctor, before, after), **answer.to_json()})
+                    write(line, record, {**_notices(doctor, dialogue, before, after, answer), **answer.to_json()})
     if doctor.rank == 0:
         _rewrite(target, dict(_numbered(target.read_bytes())))
     done = len(records) - rejected

@@ -19,6 +19,7 @@ from llama.command_line import LATEST, Parser
 if TYPE_CHECKING:  # torch takes seconds to import: --help and wrong flags must not wait for it
     from llama.engine import Engine
     from llama.generation import Doctor
+    from web.service import Service
 
 KEY = "CHATDOCTOR_API_KEY"
 SHORTEST_KEY = 16
@@ -66,6 +67,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         default="on",
         help="say at once what the rules in data/rules/ find urgent (on)",
     )
+    add("--diseases", metavar="FILE.db", help="answer from rows of this disease database, with citations")
     add("--feedback", metavar="FILE.db", help="keep rated answers here, once their users have agreed")
     add("--patience", type=float, default=30, metavar="S", help="seconds for running answers when asked to stop (30)")
     add("--open", action="store_true", help="open the page in a browser, where there is a screen")
@@ -113,7 +115,7 @@ def run(argv: list[str]) -> int:
     if args.open:
         _open(url)
     server = Server(application(service, access, log_texts=args.log_texts), service, args.patience)
-    ended = server.serve_on(listener, lambda: _load(args, path))
+    ended = server.serve_on(listener, lambda: _load(args, path, service))
     return 0 if ended else 1
 
 
@@ -125,7 +127,7 @@ def _open(url: str) -> None:
         webbrowser.open(url)
 
 
-def _load(args: argparse.Namespace, path: Path) -> tuple[Doctor, Engine]:
+def _load(args: argparse.Namespace, path: Path, service: Service) -> tuple[Doctor, Engine]:
     """The model and what runs it."""
     import torch
 
@@ -147,6 +149,11 @@ def _load(args: argparse.Namespace, path: Path) -> tuple[Doctor, Engine]:
         on_overflow=args.on_overflow,
     )
     doctor.request([doctor.tokenizer.bos_id])  # checks the rest of the settings
+    if args.diseases is not None:
+        from data import grounding
+
+        database = Path(args.diseases).expanduser()
+        service.grounding = grounding.beside(database, doctor.tokenizer, doctor.chat_format, doctor.place(), cards=True)
     print(doctor.describe(), file=sys.stderr, flush=True)
     return doctor, Engine(doctor, args.rows, args.queue)
 

@@ -28,6 +28,8 @@ from llama.config import LlamaConfig
 from llama.generation import Answer
 from llama.model import Llama
 from llama.tokenizer import Tokenizer
+from web.limits import Limits
+from web.service import Service
 
 ROOT = Path(__file__).resolve().parent.parent
 KEY = "a-key-of-this-test-s-own"
@@ -102,7 +104,7 @@ def client(server: Process, key: str = "none needed") -> openai.OpenAI:
 
 def test_answers_are_those_of_the_model_alone(start: Start, model: Path) -> None:
     """Greedy and in fp32: streamed or not, alone or among others, the text of generation.py."""
-    doctor, engine = serve._load(serve.parse(["--checkpoint", str(model)]), model)
+    doctor, engine = serve._load(serve.parse(["--checkpoint", str(model)]), model, Service("chatdoctor", Limits()))
     engine.close(0)
     dialogue = doctor.question(QUESTION[0]["content"])
     answer = Answer(doctor.request(doctor.fit(dialogue)[0]), doctor.tokenizer)

@@ -150,7 +150,7 @@ class _Routes:
             "description": doctor.describe(),
             "context": doctor.model.config.max_seq_len,
             "disclaimer": DISCLAIMER,
-            "diseases": self._service.database is not None,
+            "diseases": self._service.grounding is not None,
             "feedback": self._service.feedback is not None,
         }
         await _say(send, about)

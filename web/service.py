@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from data.diseases import Database
 from data.feedback import Feedback
+from data.grounding import Grounding, row_fields
 from data.patient import PatientCard
 from data.triage import Triage
 from llama.attendant import Attendant
@@ -44,7 +44,7 @@ class Service:
         self.stopping = False
         self.doctor: Doctor | None = None
         self.engine: Engine | None = None
-        self.database: Database | None = None
+        self.grounding: Grounding | None = None
         self.feedback: Feedback | None = None
         self.triage = True
         self.metrics = Metrics(lambda: None if self.engine is None else self.engine.stats())
@@ -83,6 +83,8 @@ class Service:
     def prepare(self, asked: Asked) -> Prepared:
         """The engine's requests for what is asked; it takes a while. Refusal if it does not fit the context."""
         doctor, _ = self.answering()
+        if asked.grounded and self.grounding is None:
+            raise wrong("grounded", "this server has no disease database; start it with --diseases FILE.db")
         doctor = replace(
             doctor, stop=doctor.stop + asked.stop, max_new_tokens=asked.max_new_tokens or doctor.max_new_tokens
         )
@@ -93,16 +95,31 @@ class Service:
                     room_for(doctor.model, i, 1)
                 return Prepared(doctor, [r for i in ids for r in self._requests(doctor, asked, i)])
             doctor = replace(doctor, attendants=self._attendants(asked))
-            before = doctor.before(asked.dialogue)
+            before, rows = doctor.before(asked.dialogue), self._rows(asked)
             prompt, left_out = doctor.fit(asked.dialogue)
         except ValueError as e:
             raise wrong("prompt" if asked.dialogue is None else "messages", str(e), "context_length_exceeded") from None
-        return Prepared(doctor, self._requests(doctor, asked, prompt), before, [], left_out)
+        return Prepared(doctor, self._requests(doctor, asked, prompt), before, rows, left_out)
 
     def _attendants(self, asked: Asked) -> tuple[Attendant, ...]:
         """Who stands beside the model for this request: its own card, and what the server has."""
         found: list[Attendant] = [PatientCard(asked.card)]
-        return (Triage(asked.card.person), *found) if self.triage else tuple(found)
+        if self.triage:
+            found.insert(0, Triage(asked.card.person))
+        if (grounding := self._grounds(asked)) is not None:
+            found.append(grounding)
+        return tuple(found)
+
+    def _grounds(self, asked: Asked) -> Grounding | None:
+        return None if asked.grounded is False else self.grounding
+
+    def _rows(self, asked: Asked) -> list[dict[str, Any]]:
+        """The rows that the answer is given, as they are shown beside it."""
+        grounding = self._grounds(asked)
+        if grounding is None or asked.dialogue is None:
+            return []
+        questions = [m.content for m in asked.dialogue.messages if m.role == "user"]
+        return [row_fields(entry) for entry in grounding.found(questions).rows]
 
     def _requests(self, doctor: Doctor, asked: Asked, ids: list[int]) -> list[Request]:
         """One for each choice. The first has the seed that was given, the next ones those after it."""

@@ -47,7 +47,7 @@ def serve(doctor: Doctor) -> Iterator[Callable[..., Running]]:
     started: list[Running] = []
 
     def begin(*args: Any, **options: Any) -> Running:
-        started.append(start(doctor, *args, **options))
+        started.append(start(options.pop("doctor", doctor), *args, **options))
         return started[-1]
 
     yield begin

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
+from data import prepare
 from data.feedback import Feedback
+from data.grounding import beside
+from llama.generation import Doctor
+from llama.model import Llama
 from tests.web.fake_engine import FakeEngine
 from tests.web.running import QUESTION, Running
 from web.service import Service
@@ -191,8 +197,6 @@ def test_a_full_queue_says_when_to_come_back(serve: Serve) -> None:
 
 
 def test_until_the_model_is_there(serve: Serve) -> None:
-    import threading
-
     there = threading.Event()
 
     def load() -> Any:
@@ -255,3 +259,23 @@ def test_other_methods_and_addresses(serve: Serve) -> None:
     assert (response.status_code, response.headers["allow"]) == (405, "POST")
     assert running.ask("GET", "/v1/nothing").json()["error"]["code"] == "not_found"
     assert running.ask("HEAD", "/healthz").status_code == 200
+
+
+def test_answers_from_a_database_show_their_rows(serve: Serve, doctor: Doctor, tmp_path: Path) -> None:
+    assert prepare.main(["diseases", "sample", str(tmp_path / "d.db")]) == 0
+    roomy = replace(doctor, model=Llama(replace(doctor.model.config, max_seq_len=4096)).eval())
+
+    def grounds(service: Service) -> None:
+        place = roomy.place()
+        service.grounding = beside(tmp_path / "d.db", doctor.tokenizer, doctor.chat_format, place, cards=True)
+
+    running = serve(FakeEngine(("Aspirin ",)), doctor=roomy, prepare=grounds)
+    assert running.ask("GET", "/api/about").json()["diseases"] is True
+    asked = [{"role": "user", "content": "What helps against gout?"}]
+    first, *_, last = events(running.chat(messages=asked, stream=True, max_tokens=2).text)
+    (row,) = [r for r in first["chatdoctor"]["rows"] if r["name"].lower() == "gout"]
+    assert {"id", "symptoms", "tests", "medications", "source", "url"} <= set(row)
+    assert "cites none" in last["chatdoctor"]["after"][0]
+    assert running.chat(messages=asked).json()["chatdoctor"]["rows"] == first["chatdoctor"]["rows"]
+    assert running.chat(messages=asked, grounded=False).json()["chatdoctor"]["rows"] == []
+    assert serve().chat(messages=asked, grounded=True).json()["error"]["param"] == "grounded"
