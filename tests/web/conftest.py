@@ -79,7 +79,7 @@ def server() -> Iterator[PageServer]:
 
 @pytest.fixture
 def page(browser: Any, server: PageServer) -> Iterator[Any]:
-    """The page, opened, in a browser that has never seen it. Whatever it complains about on its console fails the test."""
+    """The page, opened, in a browser that has never seen it. What it complains about on its console fails the test."""
     context = browser.new_context(viewport={"width": 1100, "height": 800})
     page = context.new_page()
     complaints: list[str] = []

@@ -24,7 +24,8 @@ KINDS = {
 # Beside what keeps foreign code out: with trusted types, a string that is used as markup is an error of the page.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'"
 )
 GOUT = {
     "id": 712,
@@ -64,7 +65,6 @@ class PageServer:
         self.ratings: list[dict[str, Any]] = []
         self.paths: list[str] = []  # of all requests
         self.key = ""
-        self.delay = 0.0  # seconds between words
         self.gone = threading.Event()  # a reader has left before its answer's end
         self.go_on = threading.Event()
         page_server = self
@@ -144,14 +144,13 @@ class PageServer:
         words = re.findall(r"\S*\s+|\S+$", reply.text)
         for i, word in enumerate(words):
             last = i == len(words) - 1
+            while last and reply.holds and not self.go_on.wait(0.02):
+                _piece(http, b": still here\n\n")
             if last and reply.cut == "error":
                 _event(http, {"error": {"message": "The model's numbers\nare not finite."}})
             if last and reply.cut:
                 http.close_connection = True
                 return None if reply.cut == "abrupt" else _piece(http, b"")
-            while last and reply.holds and not self.go_on.wait(0.02):
-                _piece(http, b": still here\n\n")
-            self.go_on.wait(self.delay)
             _event(http, _chunk({"content": word}))
         _event(http, _chunk({}, reply.finish_reason) | {"chatdoctor": {"after": reply.after}})
         _event(http, {"choices": [], "usage": {"completion_tokens": len(words)}})

@@ -180,7 +180,7 @@ function brokenOff(consultation) {
   for (const turn of consultation.turns) {
     if (turn.end === null && turn !== writing()?.turn) {
       turn.end = turn.answer ? "cut" : "failed";
-      turn.trouble = "The page was left before the answer was complete.";
+      turn.trouble = "The page was left before the answer was complete. What had arrived is kept.";
     }
   }
 }

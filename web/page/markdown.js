@@ -127,7 +127,7 @@ const TABLE = {
   build([head, , ...body], context) {
     const row = (line, tag) => el("tr", {}, cells(line).map((cell) => el(tag, {}, inline(cell, context))));
     const table = el("table", {}, el("thead", {}, row(head, "th")), el("tbody", {}, body.map((line) => row(line, "td"))));
-    return el("div", { class: "table", tabindex: "0", role: "region", "aria-label": "Table" }, table);
+    return el("div", { class: "table", tabindex: "0", role: "group", "aria-label": "Table" }, table);
   },
 };
 

@@ -30,8 +30,8 @@ export function sources(rows, cited) {
   const of = (wanted) => [...cards].filter(([id]) => cited.has(id) === wanted).map(([, one]) => one);
   const others = of(false);
   const section = el(
-    "section",
-    { class: "sources", "aria-label": "Entries of the disease database" },
+    "div",
+    { class: "sources" },
     el("h3", {}, cited.size ? "Cited from the disease database" : "Looked up in the disease database"),
     of(true),
     cited.size && others.length ? el("details", { class: "others" }, el("summary", {}, `Looked up, not cited: ${others.length}`), others) : others,

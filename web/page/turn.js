@@ -77,7 +77,7 @@ export class TurnView {
     const cite = (id) => {
       const row = rows.get(id);
       if (!row) return null;
-      const label = `Entry ${id} of the disease database: ${plain(row.name ?? "")}`;
+      const label = `DB ${id}, ${plain(row.name ?? "")}: open the entry`;
       return el("button", { type: "button", class: "cite", "aria-label": label, onclick: () => this.openCard(id) }, `DB ${id}`);
     };
     show(this.text, this.turn.answer, { cite, unsourced, version: `${[...rows.keys()]} ${unsourced}` });
