@@ -34,6 +34,10 @@ def test_commands_parse(command: str) -> None:
     if words[0] == "make":
         assert words[1] in TARGETS
         return
+    if words[-1].startswith("runs/"):
+        recipe = (ROOT / words[-1]).read_text()
+        assert all(f"{name}=${{{name}:-" in recipe for name in (word.partition("=")[0] for word in words[:-1]))
+        return
     if words[:2] == ["pip", "install"]:
         assert all(any(line.startswith(f"{name}==") for line in REQUIREMENTS) for name in words[2:])
         return
