@@ -97,7 +97,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--diseases",
         metavar="FILE.db",
         help="answer from rows of this disease database (python -m data.prepare diseases), with citations; say what "
-        "in an answer no cited row holds",
+        "in an answer no cited row holds. Unless flags say otherwise, the likeliest tokens, which copy best",
     )
     add(
         "--kv_cache",
@@ -297,7 +297,8 @@ def _settings(args: argparse.Namespace, stored: dict[str, Any], path: Path) -> t
         raise ValueError(f"{path}/generation_config.json: {e}") from None
     flags = {k: getattr(args, k) for k in SETTINGS if getattr(args, k) is not None}
     defaults = {k: v for k, v in SAMPLING.items() if k in SETTINGS}
-    values = {**defaults, **stored, **flags}
+    copying = {"temperature": 0.0, "repetition_penalty": 1.0} if args.diseases else {}  # citations are not drawn
+    values = {**defaults, **stored, **copying, **flags}
     max_new_tokens = values.pop("max_new_tokens")
     return SamplingParams(**values, seed=args.seed), max_new_tokens
 

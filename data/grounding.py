@@ -155,6 +155,7 @@ class Names:
     def unsourced(self, answer: str, rows: Iterable[Entry]) -> list[str]:
         """Names in an answer, as it has them, that none of these rows holds."""
         texts = [t for e in rows for t in (e.name, *e.synonyms, *e.symptoms, *e.tests, *e.medications, e.text)]
+        texts += [" and ".join(items) for e in rows for items in (e.tests, e.medications)]  # as an answer lists them
         sourced = [self._clinical(clause) for text in texts for clause in _clauses(text)]
         return [
             self._as_said(name, clause)
@@ -220,40 +221,31 @@ class Grounding(Attendant):
         return Dialogue(tuple(messages))
 
     def fields(self, dialogue: Dialogue, answer: str) -> dict[str, Any]:
-        """Ids that were given, rows that are cited, ids that were not given, and names that no cited row holds."""
+        """Ids that were given, rows that are cited, given ones that are named without a citation, ids that were not
+        given, and tests and medications that none of these rows holds."""
         given = {e.id: e for e in self.found(_questions(dialogue)).rows}
-        ids = cited_ids(answer)
+        ids, words = cited_ids(answer), _singular(answer)
         cited = [given[i] for i in ids if i in given]
-        rows = [
-            {
-                "id": e.id,
-                "name": e.name,
-                "source": f"{e.source} {e.source_row}",
-                "symptoms": e.symptoms,
-                "tests": e.tests,
-                "medications": e.medications,
-                "text": e.text,
-                "url": e.url,
-            }
-            for e in cited
-        ]
+        named = [e for e in given.values() if e not in cited and _holds(words, _singular(e.name))]
         return {
             "given": list(given),
-            "cited": rows,
+            "cited": [_json(e) for e in cited],
+            "named": [_json(e) for e in named],
             "invented": [i for i in ids if i not in given],
-            "unsourced": self._names.unsourced(answer, cited),
+            "unsourced": self._names.unsourced(answer, [*cited, *named]),
         }
 
     def after(self, dialogue: Dialogue, answer: str) -> str | None:
         """The cited rows in short, and what in the answer has no source."""
         facts_ = self.fields(dialogue, answer)
         lines = [_shown(row) for row in facts_["cited"]]
+        lines += [f"Named without a citation: {_shown(row)}" for row in facts_["named"]]
         if facts_["given"] and not lines:
-            lines.append(f"The answer cites none of the rows that it was given ({_ids(facts_['given'])}).")
+            lines.append(f"The answer rests on none of the rows that it was given ({_ids(facts_['given'])}).")
         if facts_["invented"]:
             lines.append(f"Invented: {_ids(facts_['invented'])}; no such row was given.")
         if facts_["unsourced"]:
-            lines.append(f"Unsourced, for no cited row holds it: {'; '.join(facts_['unsourced'])}.")
+            lines.append(f"Unsourced: {'; '.join(facts_['unsourced'])}.")
         return "\n".join(lines) or None
 
 
@@ -270,6 +262,12 @@ def _questions(dialogue: Dialogue) -> list[str]:
 
 def _ids(ids: Iterable[int]) -> str:
     return ", ".join(f"[DB {i}]" for i in ids)
+
+
+def _json(e: Entry) -> dict[str, Any]:
+    source = f"{e.source} {e.source_row}"
+    lists = {"symptoms": e.symptoms, "tests": e.tests, "medications": e.medications}
+    return {"id": e.id, "name": e.name, "source": source, **lists, "text": e.text, "url": e.url}
 
 
 def _shown(row: dict[str, Any]) -> str:
