@@ -100,7 +100,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--diseases",
         metavar="FILE.db",
         help="answer from rows of this disease database (python -m data.prepare diseases), with citations; say what "
-        "in an answer no cited row holds",
+        "in an answer no cited row holds. Unless flags say otherwise, the likeliest tokens, which copy best",
     )
     add(
         "--kv_cache",

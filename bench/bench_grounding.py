@@ -31,9 +31,9 @@ sys.path.insert(0, str(ROOT))
 
 from data.conditions import Table, load_table
 from data.diseases import Database, Entry
+from data.evaluation.intervals import bootstrap, wilson
 from data.grounded_samples import MIX, Mix, grounded, grounded_answer, sample_database
 from data.grounding import Names, cited_ids, search, with_rows
-from data.intervals import bootstrap, wilson
 from data.metrics import naming
 from data.synthesize import Example, examples
 from llama import checkpoint

@@ -258,6 +258,9 @@ def test_verbose_says_which_kernels_run(generate: Generate) -> None:
         (["--on_overflow", "shrink"], "--on_overflow"),
         (["--prompt", "x", "--triage", "maybe"], "--triage"),
         (["--prompt", "x", "--raw", "--patient", "c.json"], "--raw passes the text as it is"),
+        (["--prompt", "x", "--raw", "--diseases", "d.db"], "--diseases has no place in it"),
+        (["--prompt", "x", "--diseases", "nowhere.db"], "nowhere.db: cannot be read"),
+        (["--prompt", "x", "--diseases", __file__], "is not a disease database"),
         (["--prompt", "x", "--patient", "nowhere.json"], "nowhere.json: cannot be read"),
     ],
 )
@@ -348,6 +351,56 @@ def test_the_card_is_kept_and_an_allergy_flagged(generate: Generate, tmp_path: P
     assert "34" not in saved.read_text()
     assert generate("--patient", str(card), stdin=b"/patient erase\n")[0] == 0
     assert not card.exists()
+
+
+# --- answers from the disease database ---
+
+
+@pytest.fixture(scope="module")
+def diseases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from data import prepare
+
+    path = tmp_path_factory.mktemp("diseases") / "d.db"
+    assert prepare.main(["diseases", "sample", str(path)]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def roomy(tmp_path_factory: pytest.TempPathFactory, small_tokenizer: Tokenizer) -> str:
+    """A model whose context has room for rows."""
+    return str(save(tmp_path_factory.mktemp("roomy") / "m", small_tokenizer, 2048, ChatFormat("dialogue", "")))
+
+
+def test_rows_are_read_and_said_to_be_cited_or_not(generate: Generate, diseases: Path, roomy: str) -> None:
+    flags = ["--checkpoint", roomy, "--diseases", str(diseases), "--max_new_tokens", "8"]
+    ask = ["--prompt", EMERGENCY, *flags]
+    found = json.loads(generate(*ask, "--json", checkpoint=False)[1])
+    bare = json.loads(generate("--prompt", EMERGENCY, *flags[:2], *flags[4:], "--json", checkpoint=False)[1])
+    assert found["before"][0].startswith("EMERGENCY (rule meningitis)")
+    assert len(found["given"]) == 3
+    assert found["prompt_tokens"] > bare["prompt_tokens"] + 100
+    assert (found["cited"], found["invented"]) == ([], [])
+    out = generate(*ask, checkpoint=False)[1]
+    assert out.startswith("EMERGENCY")
+    assert "rests on none of the rows that it was given ([DB " in out
+    assert out == generate(*ask, checkpoint=False)[1]  # nothing is drawn
+
+
+def test_a_chat_and_a_file_say_when_there_is_no_entry(
+    generate: Generate, diseases: Path, roomy: str, tmp_path: Path
+) -> None:
+    flags = ["--checkpoint", roomy, "--diseases", str(diseases), "--max_new_tokens", "8"]
+    code, out, _ = generate(*flags, stdin=b"head of state\n", checkpoint=False)
+    assert code == 0
+    assert out.startswith("No entry in the disease database")
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(json.dumps({"prompt": p}) for p in ("head of state", EMERGENCY, "pain " * 200_000)))
+    generate(*flags, "--input", str(source), "--output", str(target), checkpoint=False)
+    none, found, too_long = lines_of(target)
+    assert none["before"][0].startswith("No entry")
+    assert none["given"] == []
+    assert len(found["given"]) == 3
+    assert "tokens long" in too_long["error"]
 
 
 # --- files ---

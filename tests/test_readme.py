@@ -129,6 +129,20 @@ def test_what_rounding_costs_is_measured() -> None:
     assert "perplexity " + " / ".join(f"x{f:.4f}" for f in figures) in README
 
 
+def test_grounded_answers_are_measured() -> None:
+    results = json.loads((ROOT / "bench/results/grounding_cpu.json").read_text())["results"]
+    held_out = results["in_the_database"]["held_out"]
+    elsewhere = results["questions from elsewhere, by search alone"]
+    honest = [*elsewhere.values(), results["condition left out of the database"]["no_entry_by_search"]]
+    shares = " / ".join(f"{100 * h['share']:.1f} %" for h in honest)
+    wrongly = 100 * (1 - held_out["a_row_is_found"]["share"])
+    assert f"| {shares}; to {wrongly:.1f} % of held-out questions wrongly |" in README
+    ways = [held_out[w] for w in ("grounded", "same_model_without_rows", "template_of_the_first_row")]
+    right = " / ".join(f"{100 * w['names_the_right_condition']['share']:.1f} %" for w in ways)
+    assert f"| {right} |" in README
+    assert f"| {100 * ways[0]['citation_precision']['share']:.1f} % (the template's: 100 %)" in README
+
+
 def test_an_int8_cache_is_measured() -> None:
     rows = result("cache_cpu.json")
     ratios = " / ".join(f"{r['decode_ratio']:.2f}x" for r in rows)

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from data.feedback import Feedback
-from llama import checkpoint, provenance
+from llama import checkpoint, layout, provenance
 from llama.arguments import TrainArguments, parse
 from llama.chat import ChatFormat, Message
-from llama.config import LlamaConfig
+from llama.config import PRESETS, LlamaConfig
 from llama.lora_config import LoRAConfig
 from llama.model import Llama
 from llama.tokenizer import Tokenizer
@@ -44,6 +44,26 @@ def test_both_stages_in_small(shared: Path, tmp_path: Path) -> None:
     again = run("chatdoctor_tiny.sh", **options)
     assert again.returncode == 0
     assert again.stderr.count("is finished") == 2
+
+
+def test_the_grounded_stages_in_small(tmp_path: Path, small_tokenizer: Tokenizer) -> None:
+    config = PRESETS["tiny"].with_vocab(small_tokenizer.vocab_size)
+    model = Llama(config)
+    model.init_weights(0)
+    weights, chat_format = model.state_dict(), ChatFormat("dialogue", "")
+    tensors = ((e.name, weights[e.name]) for e in layout.entries(config))
+    checkpoint.save_model(tmp_path / "base", tensors, config, small_tokenizer, chat_format)
+    options = {
+        "BASE": str(tmp_path / "base"),
+        "OUT": str(tmp_path),
+        "STEPS": "1 1",
+        "SAMPLES": "20 20 20 20 20",
+        "PYTHON": sys.executable,
+    }
+    done = run("grounded_tiny.sh", **options)
+    assert done.returncode == 0, done.stderr
+    assert checkpoint.load_chat_format(tmp_path / "copy") == chat_format
+    assert run("grounded_tiny.sh", **options).stderr.count("is finished") == 2
 
 
 def recorder(folder: Path, *names: str) -> str:

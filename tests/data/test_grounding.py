@@ -194,13 +194,16 @@ def test_behind_an_answer_stand_the_cited_rows_and_what_has_no_source(database: 
     json.dumps(fields)
     after = attendant.after(asked(URINE), answer) or ""
     for part in (
-        f"[DB {entry.id}] urinary tract infection (sample ",
+        f"[DB {entry.id}] urinary tract infection (sample): ",
         "tests a urine dipstick",
         "[DB 99999]",
         "colchicine",
     ):
         assert part in after
-    assert "cites none" in (attendant.after(asked(URINE), "Rest.") or "")
+    named = attendant.fields(asked(URINE), "This is a urinary tract infection: a urine culture, colchicine.")
+    assert ([r["id"] for r in named["named"]], named["cited"]) == ([entry.id], [])
+    assert named["unsourced"] == ["colchicine"]
+    assert "rests on none" in (attendant.after(asked(URINE), "Rest.") or "")
     url = attendant.after(asked("What is Marfan syndrome?"), f"See [DB {search(database, 'Marfan syndrome')[0].id}].")
     assert "https://x/marfan" in (url or "")
 
