@@ -204,6 +204,42 @@ def test_ends_while_it_loads(model: Path) -> None:
     assert server.end()[0] in (0, -signal.SIGTERM)
 
 
+# --- what vLLM would serve ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["alpaca", "dialogue", "plain"])
+def test_transformers_answers_alike(
+    name: str, start: Start, model: Path, tmp_path: Path, small_tokenizer: Tokenizer
+) -> None:
+    """docs/serving.md: of one directory the same prompt, the same logits and the same greedy answer."""
+    import transformers
+
+    ours = checkpoint.load_model(model).eval()
+    chat_format = ChatFormat(name)  # type: ignore[arg-type]
+    greedy = {"do_sample": False, "repetition_penalty": 1.0, "max_new_tokens": 30}
+    checkpoint.save_model(tmp_path / "m", ours.state_dict().items(), ours.config, small_tokenizer, chat_format, greedy)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "m")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
+    messages = [*QUESTION, {"role": "assistant", "content": "Rest."}, {"role": "user", "content": "And the fever?"}]
+    asked = [{"role": "system", "content": chat_format.instruction}, *messages]
+    prompt = tokenizer.apply_chat_template(asked, return_tensors="pt", return_dict=True)
+    with torch.inference_mode():
+        logits = theirs(prompt["input_ids"]).logits
+        assert (logits - ours(prompt["input_ids"])).abs().max() < 1e-4
+        made = theirs.generate(**prompt)[0, prompt["input_ids"].shape[1] :]
+    server = Process("--checkpoint", str(tmp_path / "m"))
+    try:
+        server.wait()
+        answer = client(server).chat.completions.create(model="chatdoctor", messages=messages)
+    finally:
+        server.process.terminate()
+        server.end()
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == prompt["input_ids"].shape[1]
+    expected = tokenizer.decode(made, skip_special_tokens=True)
+    assert (answer.choices[0].message.content or "").split() == expected.split()
+
+
 # --- flags ----------------------------------------------------------------------------------------
 
 
