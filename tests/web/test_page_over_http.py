@@ -26,8 +26,8 @@ def test_a_consultation(serve: Serve, tab: Any) -> None:
     complaints: list[str] = []
     tab.on("console", lambda line: line.type == "error" and complaints.append(line.text))
     tab.goto(serve(FakeEngine(("Call ", "now. "), pace=0.02)).url)
-    tab.get_by_role("textbox").first.fill(URGENT)
-    tab.get_by_role("button", name="Send").click()
+    tab.get_by_label("Your question", exact=True).fill(URGENT)
+    tab.keyboard.press("Enter")
     tab.get_by_text("EMERGENCY").first.wait_for()
     tab.get_by_text("Call now. Call now.").first.wait_for()
     assert complaints == []
@@ -36,10 +36,10 @@ def test_a_consultation(serve: Serve, tab: Any) -> None:
 def test_stop_frees_the_row(serve: Serve, tab: Any) -> None:
     engine = FakeEngine(("Rest. ",), pace=0.2)
     tab.goto(serve(engine).url)
-    tab.get_by_role("textbox").first.fill("I cough")
-    tab.get_by_role("button", name="Send").click()
+    tab.get_by_label("Your question", exact=True).fill("I cough")
+    tab.keyboard.press("Enter")
     tab.get_by_text("Rest.").first.wait_for()
-    tab.get_by_role("button", name="Stop").click()
+    tab.get_by_role("button", name="Stop the answer").click()
     assert engine.tickets[0].cancelled.wait(3)
 
 
