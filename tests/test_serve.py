@@ -23,7 +23,7 @@ import torch
 
 import serve
 from llama import checkpoint
-from llama.chat import ChatFormat
+from llama.chat import ChatFormat, Dialogue, Message, render
 from llama.config import LlamaConfig
 from llama.generation import Answer
 from llama.model import Llama
@@ -202,6 +202,51 @@ def test_ends_while_it_loads(model: Path) -> None:
     server = Process("--checkpoint", str(model))
     server.process.send_signal(signal.SIGTERM)
     assert server.end()[0] in (0, -signal.SIGTERM)
+
+
+# --- what vLLM would serve ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["alpaca", "dialogue", "plain"])
+def test_transformers_answers_alike(
+    name: str, start: Start, model: Path, tmp_path: Path, small_tokenizer: Tokenizer
+) -> None:
+    """docs/serving.md: of one directory the same prompt, logits and greedy answer; of more turns a marker more."""
+    import transformers
+
+    ours = checkpoint.load_model(model).eval()
+    chat_format = ChatFormat(name)  # type: ignore[arg-type]
+    greedy = {"do_sample": False, "repetition_penalty": 1.0, "max_new_tokens": 30}
+    checkpoint.save_model(tmp_path / "m", ours.state_dict().items(), ours.config, small_tokenizer, chat_format, greedy)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "m")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
+    system = {"role": "system", "content": chat_format.instruction}
+    prompt = tokenizer.apply_chat_template([system, *QUESTION], return_tensors="pt", return_dict=True)
+    with torch.inference_mode():
+        logits = theirs(prompt["input_ids"]).logits
+        assert (logits - ours(prompt["input_ids"])).abs().max() < 1e-4
+        made = theirs.generate(**prompt)[0, prompt["input_ids"].shape[1] :]
+    server = Process("--checkpoint", str(tmp_path / "m"))
+    try:
+        server.wait()
+        answer = client(server).chat.completions.create(model="chatdoctor", messages=QUESTION, logprobs=True)
+    finally:
+        server.process.terminate()
+        server.end()
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == prompt["input_ids"].shape[1]
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    expected = [list(small_tokenizer.piece_bytes(i)) for i in made.tolist() if i != small_tokenizer.eos_id]
+    assert [token.bytes for token in logprobs.content or ()] == expected
+
+    # Behind an answer's EOS a Hugging Face tokenizer puts one more marker of a space.
+    turns = [*QUESTION, {"role": "assistant", "content": "Rest."}, {"role": "user", "content": "And the fever?"}]
+    ids = tokenizer.apply_chat_template([system, *turns], return_dict=True)["input_ids"]
+    at = ids.index(small_tokenizer.eos_id) + 1
+    assert tokenizer.convert_ids_to_tokens(ids[at]) == "\u2581"
+    dialogue = Dialogue(tuple(Message(m["role"], m["content"]) for m in [system, *turns]))
+    assert [*ids[:at], *ids[at + 1 :]] == render(dialogue, chat_format, small_tokenizer)[0]
 
 
 # --- flags ----------------------------------------------------------------------------------------

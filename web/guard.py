@@ -33,8 +33,10 @@ OPEN = (
 )  # and what is below /page/: files of this repository; the page asks for the key
 SECURITY = {
     "x-content-type-options": "nosniff",
-    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    # A string that is used as markup is an error of the page.
+    "require-trusted-types-for 'script'; trusted-types 'none'",
     "referrer-policy": "no-referrer",
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
