@@ -351,4 +351,4 @@ def test_a_soak_with_random_cancels_ends_with_every_row_free(doctor: Doctor) -> 
     assert stats.cached_bytes <= 400_000
     engine.close(0)
     gc.collect()
-    assert not [o for o in gc.get_objects() if isinstance(o, Answer)]
+    assert not [o for o in gc.get_objects() if type(o) is Answer]
