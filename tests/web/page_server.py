@@ -64,6 +64,8 @@ class PageServer:
         self.asked: list[dict[str, Any]] = []  # bodies of requests for answers
         self.ratings: list[dict[str, Any]] = []
         self.paths: list[str] = []  # of all requests
+        self.about: dict[str, Any] = {"model": "stub", "description": "0.9M parameters, float32", "context": 512}
+        self.about |= {"disclaimer": "Not medical advice, and\nnot a doctor.", "diseases": True, "feedback": True}
         self.key = ""
         self.gone = threading.Event()  # a reader has left before its answer's end
         self.go_on = threading.Event()
@@ -112,8 +114,7 @@ class PageServer:
         if self.key and http.headers["Authorization"] != f"Bearer {self.key}":
             return self._send_json(http, 401, {"error": {"message": "Wrong key", "type": "authentication_error"}})
         if http.path == "/api/about":
-            about = {"model": "stub", "description": "0.9M parameters, float32", "context": 512, "disclaimer": ""}
-            return self._send_json(http, 200, about | {"diseases": True, "feedback": True})
+            return self._send_json(http, 200, self.about)
         if http.path == "/api/feedback" and http.command == "DELETE":
             erased = len(self.ratings)
             self.ratings.clear()

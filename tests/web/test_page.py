@@ -18,7 +18,7 @@ GROUNDED = Reply(
     "This sounds like **gout** [DB 712].\n\n1. Measure *uric acid* [DB 712, 9].\n2. Colchicine or ibuprofen may help.",
     rows=[GOUT, BURSITIS],
     after=[
-        "[DB 712] Gout (sample 3): symptoms Sudden pain\nUnsourced, for no cited row holds it: ibuprofen.",
+        "[DB 712] Gout (sample 3): symptoms Sudden pain\nUnsourced, for no cited row holds it: ibuprofen; X-ray.",
         "ALLERGY. The answer names colchicine (your card: allergy to colchicine). Do not take it.",
     ],
 )
@@ -74,7 +74,22 @@ def test_a_consultation(page: Any, server: PageServer) -> None:
         {"role": "user", "content": "How long does it last?"},
     ]
     assert page.title() == "My nose runs. · ChatDoctor"
-    assert page.get_by_text("not medical advice").is_visible()
+    assert page.locator("#disclaimer").inner_text() == "Not medical advice, and not a doctor."
+
+
+def test_the_disclaimer_needs_no_server(page: Any, server: PageServer) -> None:
+    page.route("**/api/about", lambda route: route.abort())
+    page.reload()
+    page.get_by_text("The server cannot be reached.").first.wait_for()
+    assert page.get_by_text("A research model, not a doctor").is_visible()
+
+
+def test_a_server_without_ratings(page: Any, server: PageServer) -> None:
+    server.about["feedback"] = False
+    page.reload()
+    turn = ask(page, "My nose runs.")
+    assert turn.get_by_role("button", name="Copy answer").is_visible()
+    assert turn.get_by_role("button", name="Good answer").count() == 0
 
 
 def test_an_example_is_a_question(page: Any, server: PageServer) -> None:

@@ -182,7 +182,7 @@ function marked(match, context) {
 /** Text without marks, in which names without a source are pointed out. */
 function words(text, context) {
   if (!text || !context.unsourced.length) return text ? [text] : [];
-  const names = context.unsourced.map((name) => name.replace(/[\\^$.*+?()[\]{}|/-]/g, "\\$&"));
+  const names = context.unsourced.map((name) => name.replace(/[\\^$.*+?()[\]{}|]/g, "\\$&"));
   const parts = text.split(new RegExp(`(?<![\\p{L}\\d])(${names.join("|")})(?![\\p{L}\\d])`, "giu"));
   return parts.map((part, i) =>
     i % 2 ? el("mark", { class: "unsourced" }, part, el("span", { class: "visually-hidden" }, " (unsourced)")) : part,
