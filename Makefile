@@ -2,6 +2,7 @@
 #
 #   make demo                  train the built-in tiny model (about 5 minutes on 2 cores, once) and chat with it
 #   make demo ASK="question"   the same, but answer this one question and end
+#   make serve                 train it if there is none, then serve it: a page to talk to, and OpenAI's API
 #   make test                  lint and the whole test suite; downloads a second triton (200 MB), once
 #   make lint                  ruff only
 #   make bench                 the CPU benches, results under bench/results/
@@ -12,7 +13,7 @@ BIN = .venv/bin
 TINY = out/tiny
 export ASK
 
-.PHONY: demo test lint bench clean
+.PHONY: demo serve test lint bench clean
 
 demo: $(TINY)/config.json
 ifdef ASK
@@ -20,6 +21,9 @@ ifdef ASK
 else
 	@$(BIN)/python generate.py --checkpoint $(TINY)
 endif
+
+serve: $(TINY)/config.json
+	@$(BIN)/python serve.py --checkpoint $(TINY) --open
 
 # A run that was interrupted goes on from its last checkpoint.
 $(TINY)/config.json: | .venv/installed

@@ -29,12 +29,10 @@ if TYPE_CHECKING:  # torch takes seconds to import: --help and wrong flags must 
 
     from llama.attendant import Attendant
     from llama.generation import Answer, Doctor
-    from llama.sampling import SamplingParams
     from llama.speculative import Drafter
     from llama.tokenizer import Tokenizer
 
 LAUNCHED = "RANK" in os.environ  # by torchrun, which splits the model over its processes
-SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -99,6 +97,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="in the chat, /good, /bad and /correct rate an answer and keep it here, once you have agreed",
     )
     add(
+        "--diseases",
+        metavar="FILE.db",
+        help="answer from rows of this disease database (python -m data.prepare diseases), with citations; say what "
+        "in an answer no cited row holds",
+    )
+    add(
         "--kv_cache",
         choices=["full", "int8"],
         default="full",
@@ -122,8 +126,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         p.error(f"{'--raw' if args.raw else '--json'} needs --prompt or --input")
     if args.feedback is not None and (args.raw or args.prompt is not None or args.input is not None):
         p.error("--feedback rates the answers of a chat: leave out --raw, --prompt and --input")
-    if args.raw and args.patient is not None:
-        p.error("--raw passes the text as it is: --patient has no place in it")
+    if args.raw and (args.patient or args.diseases):
+        p.error(f"--raw passes the text as it is: {'--patient' if args.patient else '--diseases'} has no place in it")
     if args.speculate and args.draft is not None:
         p.error("--speculate and --draft exclude each other")
     if args.input is not None and (args.speculate == "lookup" or args.draft is not None):
@@ -151,7 +155,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def load(args: argparse.Namespace) -> Doctor:
     """Model, tokenizer, format and settings that the flags ask for. ValueError names what is wrong and the remedy."""
-    from llama import checkpoint
+    from llama import checkpoint, placement
 
     path, adapter = Path(args.checkpoint or "."), args.adapter and Path(args.adapter)
     if adapter:
@@ -162,13 +166,12 @@ def load(args: argparse.Namespace) -> Doctor:
         if other := lora_files.other_base(adapter, path):
             print(f"warning: {adapter} was made for {other}, whose weights are not those of {path}", file=sys.stderr)
     elif args.checkpoint is None:
-        path = _latest()
+        path = placement.latest()
 
-    params, max_new_tokens = _settings(args, checkpoint.load_generation(path), path)
+    params, max_new_tokens = placement.settings(path, vars(args))
     import torch
 
     import kernels
-    from llama import placement
     from llama.generation import Doctor, stream
 
     dtype = args.dtype and getattr(torch, args.dtype)
@@ -176,7 +179,7 @@ def load(args: argparse.Namespace) -> Doctor:
     if LAUNCHED:
         model, device, rank, ranks = placement.over_ranks(path, args.device, dtype, args.kernels)
     else:
-        device, rank, ranks = _device(args.device), 0, 1
+        device, rank, ranks = placement.found(args.device), 0, 1
         model = placement.on_device(path, device, dtype, args.kernels, adapter, args.offload)
     tokenizer = checkpoint.load_tokenizer(path)
     doctor = Doctor(
@@ -232,6 +235,11 @@ def _attendants(doctor: Doctor, args: argparse.Namespace) -> tuple[Attendant, ..
             found.append(Rater(Feedback(Path(args.feedback).expanduser()), doctor.name))
         if args.triage == "on":
             found.insert(0, Triage(patient.person if patient else Person))
+        if args.diseases is not None:
+            from data import grounding
+
+            path = Path(args.diseases).expanduser()
+            found.append(grounding.beside(path, doctor.tokenizer, doctor.chat_format, doctor.place()))
 
     doctor.shared(begin)
     return tuple(found)
@@ -263,48 +271,6 @@ def _drafter(
     return Drafter(DraftModel(model, cache_dtype))
 
 
-def _latest() -> Path:
-    remedy = "train one with `python train.py` or `make demo`, or name one with --checkpoint DIR"
-    try:
-        path = Path(LATEST.read_text().strip())
-    except (OSError, UnicodeDecodeError):
-        raise ValueError(f"no model yet ({LATEST} is not there): {remedy}") from None
-    if not path.is_dir():
-        raise ValueError(f"{LATEST} names {path}, which is not there any more: {remedy}")
-    return path
-
-
-def _settings(args: argparse.Namespace, stored: dict[str, Any], path: Path) -> tuple[SamplingParams, int]:
-    """Sampling settings and length: flags first, then the checkpoint's generation_config.json, then ChatDoctor's."""
-    from llama.checkpoint import SAMPLING
-    from llama.sampling import SamplingParams
-
-    stored = {k: stored[k] for k in (*SETTINGS, "do_sample") if stored.get(k) is not None}
-    if stored.pop("do_sample", True) is False:
-        stored["temperature"] = 0.0
-    try:
-        SamplingParams(**{k: v for k, v in stored.items() if k != "max_new_tokens"})
-    except ValueError as e:
-        raise ValueError(f"{path}/generation_config.json: {e}") from None
-    flags = {k: getattr(args, k) for k in SETTINGS if getattr(args, k) is not None}
-    defaults = {k: v for k, v in SAMPLING.items() if k in SETTINGS}
-    values = {**defaults, **stored, **flags}
-    max_new_tokens = values.pop("max_new_tokens")
-    return SamplingParams(**values, seed=args.seed), max_new_tokens
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise ValueError(f"--device {name} is not to be had here ({str(e).splitlines()[0]}); try cpu") from None
-    return name
-
-
 # --- one question ---------------------------------------------------------------------------------
 
 
@@ -328,16 +294,20 @@ def answer_one(doctor: Doctor, args: argparse.Namespace) -> None:
         asked = dialogue if answer.finish_reason or doctor.ranks == 1 else None
         after = doctor.after(asked, answer.text) if asked else []
         if args.json:
-            print(_line({**_notices(doctor, before, after), **answer.to_json()}), flush=True)
+            print(_line({**_notices(doctor, dialogue, before, after, answer), **answer.to_json()}), flush=True)
         else:
             screen.end()
             for said in after:
                 show(said, sys.stdout)
 
 
-def _notices(doctor: Doctor, before: list[str], after: list[str]) -> dict[str, list[str]]:
+def _notices(
+    doctor: Doctor, dialogue: Dialogue | None, before: list[str], after: list[str], answer: Answer
+) -> dict[str, Any]:
     """The fields of an answer for what attendants said, where there are attendants."""
-    return {"before": before, "after": after} if doctor.attendants else {}
+    if not doctor.attendants or dialogue is None:
+        return {}
+    return {"before": before, "after": after, **doctor.fields(dialogue, answer.text)}
 
 
 def _line(value: Any) -> str:
@@ -407,12 +377,17 @@ def answer_file(doctor: Doctor, args: argparse.Namespace) -> int:
                     rejected += 1
                     bar.write(f"error: {source} line {line}: {e}", file=sys.stderr)
                     write(line, record, {**({"before": before} if before else {}), "error": str(e)})
-            for answer, _ in batch.step():
+            for answer, *_ in batch.step():
                 tokens += 1
-                if answer.finish_reason:
+                if answer.failure:
+                    line, record, _, before = open_lines.pop(answer)
+                    rejected += 1
+                    bar.write(f"error: {source} line {line}: {answer.failure}", file=sys.stderr)
+                    write(line, record, {**({"before": before} if before else {}), "error": answer.failure})
+                elif answer.finish_reason:
                     line, record, dialogue, before = open_lines.pop(answer)
                     after = doctor.after(dialogue, answer.text) if dialogue else []
-                    write(line, record, {**_notices(doctor, before, after), **answer.to_json()})
+                    write(line, record, {**_notices(doctor, dialogue, before, after, answer), **answer.to_json()})
     if doctor.rank == 0:
         _rewrite(target, dict(_numbered(target.read_bytes())))
     done = len(records) - rejected

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -194,6 +194,11 @@ def _at(path: str | Path, number: int, message: str) -> ValueError:
 
 def _short(line: str) -> str:
     return repr(line if len(line) <= 60 else line[:57] + "...")
+
+
+def listed(parts: Sequence[str], word: str) -> str:
+    """Parts as a sentence lists them: "a, b and c"."""
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} {word} {parts[-1]}"
 
 
 # --- ranking --------------------------------------------------------------------------------------

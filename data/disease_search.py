@@ -117,6 +117,7 @@ class SymptomIndex:
     ) -> None:
         """diseases: names and symptoms by id; wordings: how patients say a symptom; clinical: a text's words."""
         self._n = len(diseases)
+        self.rarest = self._weight(0)  # of what no disease has
         self._symptoms: dict[tuple[str, ...], int] = {}
         self._owners: list[list[int]] = []  # of each symptom: diseases
         self._phrases: list[tuple[frozenset[str], int]] = []  # words, symptom
@@ -157,12 +158,11 @@ class SymptomIndex:
             norm = _K1 * (1 - _B + _B * stems.total() / mean) if mean else 1
             for stem, n in stems.items():
                 self._bm25[stem].append((id_, self._word[stem] * n * (_K1 + 1) / (n + norm)))
-        rare = self._weight(0)
         self._by_word: dict[str, list[tuple[int, float]]] = defaultdict(list)  # phrases and the word's share of them
         for number, (stems, _) in enumerate(self._phrases):
-            total = sum(self._word.get(s, rare) for s in sorted(stems))  # sorted: see rank()
+            total = sum(self._word.get(s, self.rarest) for s in sorted(stems))  # sorted: see rank()
             for stem in stems:
-                self._by_word[stem].append((number, self._word.get(stem, rare) / total))
+                self._by_word[stem].append((number, self._word.get(stem, self.rarest) / total))
 
     def rank_names(self, names: Iterable[Sequence[str]]) -> list[tuple[int, float]]:
         """Ids of diseases and their scores, best first, for symptoms' names as clinical words."""
@@ -176,21 +176,37 @@ class SymptomIndex:
     def rank(self, text: Sequence[str]) -> list[tuple[int, float]]:
         """The same for a text, as its clinical words."""
         scores: dict[int, float] = defaultdict(float)
-        shares: dict[int, float] = defaultdict(float)
         for stem in sorted(set(text)):  # sorted: sums of floats must not depend on hash order
             for id_, score in self._bm25.get(stem, ()):
                 scores[id_] += score
-            for number, share in self._by_word.get(stem, ()):
-                shares[number] += share
         said: dict[int, float] = {}
-        for number, share in shares.items():
-            if share >= _LEAST:
-                symptom = self._phrases[number][1]
-                said[symptom] = max(said.get(symptom, 0.0), share)
+        for number, (_, share) in self._named(text).items():
+            symptom = self._phrases[number][1]
+            said[symptom] = max(said.get(symptom, 0.0), share)
         for symptom, share in said.items():
             for id_ in self._owners[symptom]:
                 scores[id_] += self._idf[symptom] * share**_POWER
         return self._sorted(scores)
+
+    def covered(self, text: Sequence[str], id_: int) -> float:
+        """Of the words by which a text names symptoms, the share that names those of a disease, by weight; 0 to 1."""
+        words: set[str] = set()
+        own: set[str] = set()
+        for number, (stems, _) in self._named(text).items():
+            words |= stems
+            if id_ in self._owners[self._phrases[number][1]]:
+                own |= stems
+        total = sum(self._word.get(s, self.rarest) for s in sorted(words))
+        return sum(self._word.get(s, self.rarest) for s in sorted(own)) / total if total else 0.0
+
+    def _named(self, text: Sequence[str]) -> dict[int, tuple[set[str], float]]:
+        """The phrases that a text holds at least half of: its words that are in them, and their share of the phrase."""
+        found: dict[int, tuple[set[str], float]] = {}
+        for stem in sorted(set(text)):
+            for number, share in self._by_word.get(stem, ()):
+                stems, before = found.get(number, (set(), 0.0))
+                found[number] = (stems | {stem}, before + share)
+        return {number: named for number, named in found.items() if named[1] >= _LEAST}
 
     def _sorted(self, scores: Mapping[int, float]) -> list[tuple[int, float]]:
         """Best first; of equals the one with fewer symptoms, which these few are more likely to come from."""

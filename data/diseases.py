@@ -76,10 +76,16 @@ class Entry:
 
 @dataclass(frozen=True)
 class Hit:
-    """An entry that a search found. Scores compare within one search, the best first."""
+    """An entry that a search found. Scores compare within one search, the best first.
+
+    Of a disease found by a text: worth is the score in units of the IDF that a symptom has which no disease has, so
+    that databases of any size compare; covered is the share of the text's symptoms that are the disease's.
+    """
 
     entry: Entry
     score: float
+    worth: float = 0.0
+    covered: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -221,7 +227,7 @@ class Database:
         for symptom, phrase in self._query("SELECT symptom, phrase FROM wording ORDER BY rowid"):
             wordings.setdefault(symptom, []).append(phrase)
         named = {e.id: ((e.name, *e.synonyms), e.symptoms) for e in self._diseases.values()}
-        self._index = SymptomIndex(named, wordings, self._clinical)
+        self._index = SymptomIndex(named, wordings, self.clinical)
 
     def search(self, text: str, limit: int = 5, kind: str = DISEASE, quarantined: bool = False) -> list[Hit]:
         """The entries of a kind (DISEASE or PASSAGE) that fit a question or some symptoms best, none if nothing fits.
@@ -232,11 +238,15 @@ class Database:
         assert kind in (DISEASE, PASSAGE)
         if kind == PASSAGE:
             return self._passages(text, limit)
-        return self._hits(self._index.rank(self._clinical(text)), limit, quarantined)
+        words = self.clinical(text)
+        hits = self._hits(self._index.rank(words), limit, quarantined)
+        return [
+            Hit(h.entry, h.score, h.score / self._index.rarest, self._index.covered(words, h.entry.id)) for h in hits
+        ]
 
     def by_symptoms(self, names: Iterable[str], limit: int = 5, quarantined: bool = False) -> list[Hit]:
         """The diseases that have these symptoms, by their names in the lexicon; unknown names count for nothing."""
-        return self._hits(self._index.rank_names(map(self._clinical, names)), limit, quarantined)
+        return self._hits(self._index.rank_names(map(self.clinical, names)), limit, quarantined)
 
     def entry(self, id_: int) -> Entry:
         """The entry of that id, quarantined or not. ValueError if there is none."""
@@ -317,7 +327,8 @@ class Database:
         with self._reader() as reader:
             return reader.words.stems(text)
 
-    def _clinical(self, text: str) -> list[str]:
+    def clinical(self, text: str) -> list[str]:
+        """The stems of a text's words as the search reads them: no stop words, lay terms as the clinical ones."""
         with self._reader() as reader:
             return reader.words.clinical(text)
 

@@ -1,8 +1,8 @@
 """The patient card: age, sex, pregnancy, allergies, conditions and medications of who asks, in a file of their own.
 
-generate.py puts a Patient beside the model (llama/attendant.py): the card goes into the instruction that a prompt
-begins with, gives triage an age, and an answer that recommends a drug on the allergy list is flagged. The file is its
-owner's alone (mode 0600) and goes nowhere else. Standard library only.
+generate.py puts a Patient beside the model, the server a PatientCard (llama/attendant.py): the card goes into the
+instruction that a prompt begins with, gives triage an age, and an answer that recommends a drug on the allergy list is
+flagged. The file is its owner's alone (mode 0600) and goes nowhere else. Standard library only.
 """
 
 from __future__ import annotations
@@ -142,14 +142,11 @@ def save(path: Path, card: Card) -> None:
         whole.unlink(missing_ok=True)
 
 
-class Patient(Attendant):
-    """The card in a file, beside the model."""
+class PatientCard(Attendant):
+    """A card beside the model."""
 
-    def __init__(self, path: Path, begin: bool = False) -> None:
-        """begin: a file that is not there is an empty card, written when something is put on it."""
-        self.path = path
-        self.card = Card() if begin and not path.exists() else load(path)
-        self.commands = {"/patient": Command(HELP, self._command)}
+    def __init__(self, card: Card) -> None:
+        self.card = card
 
     def person(self) -> Person:
         return self.card.person()
@@ -173,6 +170,16 @@ class Patient(Attendant):
             return None
         drugs = "; ".join(f"{drug} (your card: allergy to {allergy})" for drug, allergy in found)
         return f"ALLERGY. The answer names {drugs}. Do not take it before a doctor or pharmacist has agreed."
+
+
+class Patient(PatientCard):
+    """The card in a file, beside the model."""
+
+    def __init__(self, path: Path, begin: bool = False) -> None:
+        """begin: a file that is not there is an empty card, written when something is put on it."""
+        super().__init__(Card() if begin and not path.exists() else load(path))
+        self.path = path
+        self.commands = {"/patient": Command(HELP, self._command)}
 
     # --- /patient ---
 

@@ -19,7 +19,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
-from data.conditions import Condition, Table, load_table
+from data.conditions import Condition, Table, listed, load_table
 from llama.chat import DOCTOR_INSTRUCTION, Dialogue, Message
 
 Split = Literal["train", "held_out", "unseen_wordings"]
@@ -274,18 +274,14 @@ def answer(rng: random.Random, condition: Condition) -> str:
         text += SOON
     kind = rng.random()
     if kind < 0.75:
-        text += f" Tests: {_list(condition.tests, 'and')}."
+        text += f" Tests: {listed(condition.tests, 'and')}."
     if kind > 0.25:
-        text += f" Treatment: {_list(condition.medications, 'and')}."
+        text += f" Treatment: {listed(condition.medications, 'and')}."
     if condition.urgency != "emergency" and rng.random() < 0.6:
-        text += f" Go to an emergency department in case of {_list(condition.red_flags, 'or')}."
+        text += f" Go to an emergency department in case of {listed(condition.red_flags, 'or')}."
     elif rng.random() < 0.5:
         text += DISCLAIMER
     return text
-
-
-def _list(parts: Sequence[str], word: str) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} {word} {parts[-1]}"
 
 
 # --- dialogues ------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from llama.chat import Dialogue
 
@@ -40,3 +41,7 @@ class Attendant:
     def after(self, dialogue: Dialogue, answer: str) -> str | None:
         """A notice on the answer, which may have been broken off; `dialogue` is as asked, not as prepared."""
         return None
+
+    def fields(self, dialogue: Dialogue, answer: str) -> Mapping[str, Any]:
+        """The same for programs, as JSON: what an answer that is written as an object holds beside its text."""
+        return {}

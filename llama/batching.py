@@ -1,8 +1,10 @@
 """Requests answered side by side, that join and leave between steps: continuous batching (Orca, Yu et al. 2022).
 
-generate.py, the examination and the benches call this, and a server can. Nothing is computed for padding: prompts are
-read one after the other in one packed row, then their keys and values join a cache whose rows have lengths of their
-own. No threads, and no decision by the clock: the same submissions make the same steps. Knows no files or sockets.
+generate.py, the examination, the benches and engine.py call this. Nothing is computed for padding: prompts are read
+one after the other in one packed row, then their keys and values join a cache whose rows have lengths of their own.
+With Prefixes, what a prompt begins with is taken from there, or from a row that lives, and not read again. What fails
+for one request ends that one. No threads, and no decision by the clock: the same submissions make the same steps. Knows
+no files or sockets.
 """
 
 from __future__ import annotations
@@ -10,25 +12,36 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from llama.cache import RaggedCache
+from llama.cache import Part, RaggedCache
 from llama.chat import ChatFormat, Dialogue, Message, render
 from llama.generation import CHUNK, Answer, Request, limits, new_cache, room_for
 from llama.model import Llama
-from llama.sampling import Sampler, SamplingParams
+from llama.prefixes import Prefixes, as_array, shared
+from llama.sampling import NotFinite, Sampler, SamplingParams, TokenLogprobs
 from llama.tokenizer import Tokenizer
 
 ROWS = 32  # answers side by side
+WORTH = 16  # ids known already for which a prompt is read in a pass of its own: about what a pass costs in tokens
+OUT_OF_MEMORY = "there is not enough memory for this answer beside the others; ask for less at a time"
 
 
 class Event(NamedTuple):
-    """One answer has gone on: by this text, which may be empty. At its end answer.finish_reason is set."""
+    """One answer has gone on: by this text, which may be empty.
+
+    token None: by none, it only ended. At its end answer.finish_reason is set, or answer.failure.
+    """
 
     answer: Answer
     piece: str
+    token: int | None = None
+    logprobs: TokenLogprobs | None = None
 
 
 @dataclass
@@ -36,6 +49,7 @@ class _Row:
     answer: Answer
     token: int  # chosen, or the prompt's last, and not yet run
     room: int  # tokens that the answer may have
+    read: np.ndarray  # ids of the prompt, without its last
 
 
 class Batch:
@@ -52,15 +66,17 @@ class Batch:
         rows: int = ROWS,
         budget: int = CHUNK,
         cache_dtype: torch.dtype | None = None,
+        prefixes: Prefixes | None = None,
     ) -> None:
         """budget: prompt tokens read in one step at most, so that a long prompt does not keep the others waiting.
 
-        cache_dtype: of the KV cache; None: as what lies between two products.
+        cache_dtype: of the KV cache; None: as what lies between two products. prefixes: where rows are kept when they
+        end, and found again; None: every prompt is read whole.
         """
         assert rows > 0, rows
         assert budget > 0, budget
         self.rows, self.budget = rows, budget
-        self._model, self._tokenizer = model, tokenizer
+        self._model, self._tokenizer, self._prefixes = model, tokenizer, prefixes
         weight = model.norm.weight
         self._device = weight.device
         self._limits = limits(tokenizer)
@@ -73,6 +89,11 @@ class Batch:
     def __len__(self) -> int:
         """How many requests have not ended."""
         return len(self._waiting) + len(self._open)
+
+    @property
+    def running(self) -> int:
+        """How many rows are taken."""
+        return len(self._open)
 
     def submit(self, request: Request) -> Answer:
         """Take a request in; its answer grows with every step. ValueError if it does not fit the model's context."""
@@ -96,39 +117,98 @@ class Batch:
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """Read some of the prompts that wait, while there are rows for them; then one token more in every row."""
-        self._read()
-        return self._write() if self._open else []
+        """Read some of the prompts that wait, while there are rows for them; then one token more in every row.
 
-    def _read(self) -> None:
-        """Run the next `budget` prompt tokens in one row, a document each; prompts that are whole take their rows."""
-        held = self._desk.length
+        Without memory, or with logits that are not finite, an answer fails and the others go on. Other errors are
+        raised, and then nothing is known of the batch.
+        """
+        return [*self._read(), *(self._write() if self._open else [])]
+
+    def _read(self) -> list[Event]:
+        """Run the next `budget` prompt tokens; prompts that are whole take their rows. The answers that failed."""
+        failed: list[Event] = []
+        left, most = self.budget, self.rows
+        while left > 0 and self._waiting and len(self._open) < self.rows:
+            try:
+                left -= self._read_some(left, min(most, self.rows - len(self._open)))
+            except (RuntimeError, MemoryError, NotFinite) as e:
+                why = _trouble(e)
+                self._desk.truncate(0)
+                if most > 1 or (why == OUT_OF_MEMORY and self._give_back()):
+                    most = 1  # one by one, to see which it is
+                else:
+                    failed.append(self._fail(self._waiting.popleft(), why))
+        return failed
+
+    def _read_some(self, budget: int, most: int) -> int:
+        """Run at most `budget` tokens of at most `most` prompts in one row, a document each; how many it were.
+
+        Only of the first can there be a beginning on the desk. NotFinite if it makes keys or values that are not.
+        """
+        if not self._desk.length:
+            self._begin(self._waiting[0])
+        held = done = self._desk.length
         tokens: list[int] = []
         starts = [0] * held
-        whole: list[tuple[Answer, int, int]] = []
-        rest: tuple[int, int] | None = None
-        while self._waiting and len(self._open) + len(whole) < self.rows and rest is None:
-            answer = self._waiting[0]
-            n = len(answer.request.prompt) - 1
-            at, done = (0, held) if held and not whole else (len(starts), 0)
-            if not done:
+        whole: list[tuple[Answer, int]] = []
+        rest = (0, 0)
+        for answer in islice(self._waiting, most):
+            prompt, at = answer.request.prompt, len(starts) if whole else 0
+            n = len(prompt) - 1
+            if whole:
+                if self._known(as_array(prompt[:-1]), [other for other, _ in whole])[0]:
+                    break  # it is the first of the next pass
                 answer.start_clock()
-            some = answer.request.prompt[done : min(n, done + self.budget - len(tokens))]
+            some = prompt[done : min(n, done + budget - len(tokens))]
             tokens += some
             starts += [at] * len(some)
             if done + len(some) < n:
                 rest = (at, done + len(some))
-            else:
-                whole.append((self._waiting.popleft(), at, n))
+                break
+            whole.append((answer, at))
+            done = 0
         if tokens:
             self._run(tokens, starts)
-        for answer, at, n in whole:
-            request = answer.request
-            self._cache.join(self._desk, at, n)
-            self._sampler.join(request.params, request.prompt)
-            room = room_for(self._model, request.prompt, request.max_new_tokens)
-            self._open.append(_Row(answer, request.prompt[-1], room))
-        self._desk.keep(*(rest or (0, 0)))
+            if not _finite(self._desk.part(0, held, len(tokens))):
+                raise NotFinite([0])
+        for answer, at in whole:
+            self._enter(answer, at)
+            self._waiting.popleft()
+        self._desk.keep(*rest)
+        return len(tokens)
+
+    def _begin(self, answer: Answer) -> None:
+        """Put what is known of its prompt on the desk."""
+        answer.start_clock()
+        n, part = self._known(as_array(answer.request.prompt[:-1]), [])
+        if n:
+            if n > self._desk.max_len:
+                self._desk = self._desk.grown(n + self.budget)
+            self._desk.put(part)
+        answer.reused_tokens = n
+
+    def _known(self, ids: np.ndarray, beside: Sequence[Answer]) -> tuple[int, Part]:
+        """How many of these ids have been read, if that is worth anything, and their keys and values.
+
+        Answers beside it, which are read in the same pass, count, but theirs are not there yet.
+        """
+        if self._prefixes is None:
+            return 0, ()
+        n, part = self._prefixes.longest(ids)
+        for i, row in enumerate(self._open):
+            if (m := shared(row.read, ids)) > n:
+                n, part = m, tuple(t[:, :, :m] for t in self._cache.held(i))
+        n = max([n, *(shared(as_array(other.request.prompt[:-1]), ids) for other in beside)])
+        return (n, part) if n >= WORTH else (0, ())
+
+    def _enter(self, answer: Answer, at: int) -> None:
+        """Give an answer its row; its prompt lies on the desk from `at` on."""
+        request = answer.request
+        read = as_array(request.prompt[:-1])
+        self._cache.join(self._desk, at, len(read))
+        self._sampler.join(request.params, request.prompt)
+        room = room_for(self._model, request.prompt, request.max_new_tokens)
+        self._open.append(_Row(answer, request.prompt[-1], room, read))
 
     def _run(self, tokens: list[int], starts: list[int]) -> None:
         """Append tokens to the desk, where position i may see those from starts[i] on."""
@@ -141,31 +221,96 @@ class Batch:
         self._model(row, documents=documents, cache=self._desk, last_only=True)
 
     def _write(self) -> list[Event]:
+        events: list[Event] = []
         tokens = torch.tensor([[row.token] for row in self._open], device=self._device)
-        self._cache.reserve(1)
-        logits = self._model(tokens, cache=self._cache, last_only=True)
-        events = []
-        for row, token in zip(self._open, self._sampler(logits[:, -1]).tolist(), strict=True):
+        held = self._cache.length
+        try:
+            self._cache.reserve(1)
+            held = self._cache.length
+            logits = self._model(tokens, cache=self._cache, last_only=True)[:, -1]
+            drawn, logits = self._draw(logits, events)
+        except (RuntimeError, MemoryError) as e:
+            why = _trouble(e)
+            self._cache.truncate(held)
+            if self._open and not self._give_back():  # what runs is tried again with the next step, with more room
+                sizes = [len(row.read) + len(row.answer.token_ids) for row in self._open]
+                events.append(self._fail_row(sizes.index(max(sizes)), why))
+            return events
+        told = self._sampler.logprobs(logits, drawn)
+        ended = []
+        for i, (row, token) in enumerate(zip(self._open, drawn, strict=True)):
             answer, row.token = row.answer, token
             if token in self._limits["stop_ids"]:
-                piece = answer.finish("stop")
+                events.append(Event(answer, answer.finish("stop")))
             else:
                 piece = answer.feed(token)
                 if answer.finish_reason is None and len(answer.token_ids) == row.room:
                     piece += answer.finish("length")
-            events.append(Event(answer, piece))
-        for i in reversed(range(len(events))):  # from the last on: a row that closes is replaced by one that was seen
-            if events[i].answer.finish_reason:
-                self._close(i)
+                events.append(Event(answer, piece, token, told.get(i)))
+            if answer.finish_reason:
+                ended.append(i)
+        for i in reversed(ended):  # from the last on: a row that closes is replaced by one that was seen
+            self._close(i)
         return events
 
-    def _close(self, row: int) -> None:
-        """Free a row; the last takes its place, as in cache and sampler."""
-        self._cache.leave(row)
+    def _draw(self, logits: Tensor, events: list[Event]) -> tuple[list[int], Tensor]:
+        """The next tokens of the rows, and their logits; the answers of rows without finite ones fail first."""
+        while self._open:
+            try:
+                return self._sampler(logits).tolist(), logits
+            except NotFinite as e:
+                for row in reversed(e.rows):
+                    events.append(self._fail_row(row, str(e)))
+                    if row < len(self._open):
+                        logits[row] = logits[-1]
+                    logits = logits[:-1]
+        return [], logits
+
+    def _close(self, row: int, failed: bool = False) -> None:
+        """Free a row; the last takes its place, as in cache and sampler. What it has read is kept, unless it failed."""
+        if self._prefixes is not None and not failed:
+            part, answer = self._cache.held(row), self._open[row].answer
+            ids = as_array([*answer.request.prompt, *answer.token_ids][: part[0].shape[2]])
+            try:
+                self._prefixes.keep(ids, part)
+            except (RuntimeError, MemoryError) as e:
+                _trouble(e)
+                self._prefixes.clear()
+        self._cache.leave(row, wipe=failed)
         self._sampler.leave(row)
         last = self._open.pop()
         if row < len(self._open):
             self._open[row] = last
+
+    def _fail_row(self, row: int, why: str) -> Event:
+        answer = self._open[row].answer
+        self._close(row, failed=True)
+        return self._fail(answer, why)
+
+    def _fail(self, answer: Answer, why: str) -> Event:
+        piece = answer.finish(None)
+        answer.failure = why
+        return Event(answer, piece)
+
+    def _give_back(self) -> bool:
+        """Give up what is kept of ended rows, for memory; whether there was anything."""
+        if self._prefixes is None or not len(self._prefixes):
+            return False
+        self._prefixes.clear()
+        return True
+
+
+def _finite(part: Part) -> bool:
+    return all(bool(t.isfinite().all()) for t in part if t.is_floating_point())
+
+
+def _trouble(e: Exception) -> str:
+    """What is said of an error that ends one answer; any other is raised again."""
+    if isinstance(e, NotFinite):
+        return str(e)
+    if isinstance(e, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(e):
+        return OUT_OF_MEMORY
+    raise e
 
 
 def answer_batch(
@@ -177,12 +322,14 @@ def answer_batch(
 ) -> list[Answer]:
     """Answer all requests, so many at a time; the same answers as one by one, up to rounding in the logits' last bits.
 
-    ValueError if one does not fit.
+    ValueError if one does not fit, or fails.
     """
     batch = Batch(model, tokenizer, rows, cache_dtype=cache_dtype)
     answers = [batch.submit(r) for r in requests]
     while batch:
-        batch.step()
+        for event in batch.step():
+            if event.answer.failure:
+                raise ValueError(event.answer.failure)
     return answers
 
 

@@ -18,6 +18,8 @@ SLACK = 64  # positions that a RaggedCache can go on, at least, before what live
 
 # Keys, values, how many of them are there (see FixedCache), and where they are codes, the scales of both.
 Held = tuple[Tensor, Tensor, Tensor | None, kernels.Scales | None]
+# Some positions of one row, as they are stored: (L, 2G, n, K), and where they are codes, their scales (L, 2G, n).
+Part = tuple[Tensor, ...]
 
 
 class KVCache:
@@ -129,6 +131,18 @@ class KVCache:
             t[:, :, :, :n] = t[:, :, :, at : at + n].clone()
         self.length = n
 
+    def part(self, row: int, at: int, n: int) -> Part:
+        """The n positions of a row from `at` on, as views."""
+        return tuple(t[:, row, :, at : at + n] for t in self._tensors())
+
+    def put(self, part: Part) -> None:
+        """Hold these positions in every row, and nothing else."""
+        n = part[0].shape[2]
+        assert n <= self.max_len, (n, self.max_len)
+        for mine, theirs in zip(self._tensors(), part, strict=True):
+            mine[:, :, :, :n] = theirs[:, None]
+        self.length = n
+
     def starts(self, T: int) -> Tensor | None:
         """(B, length + T) int32: the first position that each position may see; None when all rows begin at 0."""
         if self.first is None:
@@ -185,13 +199,24 @@ class RaggedCache(KVCache):
         assert self.batch < self.rows, "every row is taken"
         self._make_room(self.batch + 1, n, 0)
         begin = self.length - n
-        for mine, theirs in zip(self._tensors(), source._tensors(), strict=True):
-            mine[:, self.batch, :, begin : self.length] = theirs[:, 0, :, at : at + n]
+        for mine, theirs in zip(self.part(self.batch, begin, n), source.part(0, at, n), strict=True):
+            mine.copy_(theirs)
         self._begins.append(begin)
         self._note()
 
-    def leave(self, row: int) -> None:
-        """Forget a row; the last one takes its place."""
+    def held(self, row: int) -> Part:
+        """All that a row holds, as views."""
+        begin = self._begins[row]
+        return self.part(row, begin, self.length - begin)
+
+    def leave(self, row: int, wipe: bool = False) -> None:
+        """Forget a row; the last one takes its place.
+
+        wipe: leave zeros, not what it held: NaN would reach whoever comes next, for 0 times NaN is NaN.
+        """
+        if wipe:
+            for t in self._tensors():
+                t[:, row] = 0
         begin = self._begins.pop()
         if row < len(self._begins):
             for t in self._tensors():
@@ -208,7 +233,10 @@ class RaggedCache(KVCache):
         self.first = torch.tensor(self._begins, dtype=torch.int32, device=self._kv.device)
 
     def _make_room(self, rows: int, span: int, T: int) -> None:
-        """Place for so many rows, for a row of `span` positions before the end, and for T positions behind it."""
+        """Place for so many rows, for a row of `span` positions before the end, and for T positions behind it.
+
+        Memory is taken before anything is moved: where there is none, nothing has changed.
+        """
         L, held, _, width, _ = self._kv.shape
         if rows <= held and span <= self.length and self.length + T <= width:
             return
@@ -220,14 +248,16 @@ class RaggedCache(KVCache):
             width = end + T + max(SLACK, (end + T) // 2)
         old, new = slice(self.length - live, self.length), slice(end - live, end)
         same = self._kv.shape[1] == held and self.max_len == width
-        targets = []
-        for source in self._tensors():
-            target = source if same else source.new_zeros(L, held, source.shape[2], width, *source.shape[4:])
-            for layer in range(L if live else 0):  # a layer at a time: in one storage, old and new place overlap
+        sources = self._tensors()
+        if same:  # a layer at a time by way of a copy, for old and new place overlap
+            targets, copies = sources, [torch.empty_like(t[0, : self.batch, :, old]) for t in sources]
+        else:
+            targets = tuple(t.new_zeros(L, held, t.shape[2], width, *t.shape[4:]) for t in sources)
+        for i, (source, target) in enumerate(zip(sources, targets, strict=True)):
+            for layer in range(L if live else 0):
                 part = source[layer, : self.batch, :, old]
-                target[layer, : self.batch, :, new] = part.clone() if same else part
-            targets.append(target)
-        self._replace(targets)
+                target[layer, : self.batch, :, new] = copies[i].copy_(part) if same else part
+        self._replace(list(targets))
         self._begins = [begin + end - self.length for begin in self._begins]
         self.length, self.max_len = end, width
         self._note()

@@ -106,6 +106,10 @@ class Doctor:
         """Their notices to be shown after it."""
         return self.shared(lambda: [said for a in self.attendants if (said := a.after(dialogue, answer))])
 
+    def fields(self, dialogue: Dialogue, answer: str) -> dict[str, Any]:
+        """What they have to say of it to programs."""
+        return self.shared(lambda: {k: v for a in self.attendants for k, v in a.fields(dialogue, answer).items()})
+
     def command(self, name: str, rest: str) -> str | None:
         """What is said to one of the attendants' commands; None if it is none of theirs."""
 
@@ -124,6 +128,11 @@ class Doctor:
             dialogue = attendant.prepare(dialogue)
         return dialogue
 
+    def place(self) -> int:
+        """Tokens that a prompt may have, so that an answer has room behind it."""
+        context = self.model.config.max_seq_len
+        return context - min(self.max_new_tokens, context // 2)
+
     def fit(self, dialogue: Dialogue, kept: float = 1.0) -> tuple[list[int], int]:
         """Prompt ids of a dialogue, as the attendants prepare it, with room for an answer; and how many of its oldest
         turns were left out for that.
@@ -131,8 +140,7 @@ class Doctor:
         kept: the share of that place which may stay taken when turns must go. ValueError if the last question alone
         does not fit, or turns would have to go and must not.
         """
-        context = self.model.config.max_seq_len
-        place = context - min(self.max_new_tokens, context // 2)
+        context, place = self.model.config.max_seq_len, self.place()
         shown = self.shared(lambda: self._prepared(dialogue))
         ids, dropped = fit(shown, self.chat_format, self.tokenizer, place, int(kept * place))
         if dropped and self.on_overflow == "refuse":
@@ -302,6 +310,7 @@ class Answer:
         self.text = ""
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None  # "stop": EOS or a stop text; "length"; None: broken off
+        self.failure: str | None = None  # what went wrong, where the model could not go on
         self.reused_tokens = 0
         self.drafts: Drafts | None = None  # None: nobody drafts
         self._tokenizer = tokenizer

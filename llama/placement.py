@@ -1,27 +1,71 @@
 """A model in a directory -> the same ready to answer: on one device, partly on its way there, or over several ranks.
 
-generate.py calls it with what its flags say; how a model is split or travels is tensor_parallel.py's and offload.py's.
+generate.py and serve.py call it with what their flags say; how a model is split or travels is tensor_parallel.py's and
+offload.py's.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 import kernels
 from llama import checkpoint
+from llama.command_line import LATEST
 from llama.generation import lay_out_for_decoding
 from llama.model import Llama
 from llama.offload import free_memory, offload, travellers
+from llama.sampling import SamplingParams
 
 # What an answer needs beside the weights: a context of so many tokens (a longer one finds its own room or fails), and
 # what CUDA, kernels and activations take. An assumed figure, to be measured.
 POSITIONS, MARGIN = 2048, 512 << 20
 SMALLER = "`python convert_weights.py {} SMALLER --dtype int4` makes a model of about a quarter of 16 bits' size"
 Offload = int | Literal["auto"] | None  # how many blocks travel; "auto": as few as must; None: none may
+SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
+
+
+def latest() -> Path:
+    """The model that train.py finished last. ValueError, with the remedy, if there is none."""
+    remedy = "train one with `python train.py` or `make demo`, or name one with --checkpoint DIR"
+    try:
+        path = Path(LATEST.read_text().strip())
+    except (OSError, UnicodeDecodeError):
+        raise ValueError(f"no model yet ({LATEST} is not there): {remedy}") from None
+    if not path.is_dir():
+        raise ValueError(f"{LATEST} names {path}, which is not there any more: {remedy}")
+    return path
+
+
+def settings(path: Path, flags: Mapping[str, Any]) -> tuple[SamplingParams, int]:
+    """Sampling settings and length: flags first, then the checkpoint's generation_config.json, then ChatDoctor's."""
+    stored = checkpoint.load_generation(path)
+    stored = {k: stored[k] for k in (*SETTINGS, "do_sample") if stored.get(k) is not None}
+    if stored.pop("do_sample", True) is False:
+        stored["temperature"] = 0.0
+    try:
+        SamplingParams(**{k: v for k, v in stored.items() if k != "max_new_tokens"})
+    except ValueError as e:
+        raise ValueError(f"{path}/generation_config.json: {e}") from None
+    defaults = {k: v for k, v in checkpoint.SAMPLING.items() if k in SETTINGS}
+    values = {**defaults, **stored, **{k: flags[k] for k in SETTINGS if flags.get(k) is not None}}
+    max_new_tokens = values.pop("max_new_tokens")
+    return SamplingParams(**values, seed=flags.get("seed")), max_new_tokens
+
+
+def found(device: str) -> str:
+    """The device of that name; auto: a GPU where there is one. ValueError if it is not to be had."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise ValueError(f"--device {device} is not to be had here ({str(e).splitlines()[0]}); try cpu") from None
+    return device
 
 
 def on_device(

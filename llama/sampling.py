@@ -3,6 +3,7 @@
 generation.py calls a Sampler once per step for a whole batch. Order and meaning of the filters are those of
 transformers (repetition penalty, temperature, top-k, top-p, min-p), so that published settings carry over; two things
 differ on purpose: the penalty leaves the prompt alone unless asked, and top-k keeps exactly k tokens when values tie.
+The presence and frequency penalties are OpenAI's, and come right behind the repetition penalty, as in vLLM.
 Knows nothing of models, text or stopping.
 """
 
@@ -13,9 +14,28 @@ import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+MOST_TOP_LOGPROBS = 20
+
+
+class NotFinite(ValueError):
+    """The logits of these rows hold NaN or +inf or nothing but -inf; nothing was drawn."""
+
+    def __init__(self, rows: list[int]) -> None:
+        super().__init__("the model's logits are not finite; the weights are damaged or overflow in this dtype")
+        self.rows = rows
+
+
+class TokenLogprobs(NamedTuple):
+    """A token's log-probability, and the likeliest tokens in its place with theirs."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
@@ -26,6 +46,10 @@ class SamplingParams:
     The penalty divides positive and multiplies negative logits of tokens seen before (Keskar et al. 2019,
     arXiv:1909.05858): of the answer only, because punishing the prompt's tokens keeps the doctor from naming the
     patient's own symptoms; penalize_prompt adds the prompt, as transformers does. seed None draws a fresh one.
+
+    Of every token of the answer so far, presence_penalty is taken from the logit once and frequency_penalty as often
+    as the token stands there. logprobs, top_logprobs: tell the chosen tokens' log-probabilities and those of so many
+    likeliest ones, by the model's own distribution, before anything is filtered.
     """
 
     temperature: float = 0.5
@@ -35,6 +59,10 @@ class SamplingParams:
     repetition_penalty: float = 1.1
     penalize_prompt: bool = False
     seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logprobs: bool = False
+    top_logprobs: int = 0
 
     def __post_init__(self) -> None:
         _check_number("temperature", self.temperature, 0 <= _real(self.temperature) < math.inf, "0 or more")
@@ -42,6 +70,13 @@ class SamplingParams:
         _check_number("min_p", self.min_p, 0 <= _real(self.min_p) <= 1, "from 0 to 1")
         penalty = self.repetition_penalty
         _check_number("repetition_penalty", penalty, 0 < _real(penalty) < math.inf, "over 0 (1 is off)")
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            _check_number(name, value, -2 <= _real(value) <= 2, "from -2 to 2")
+        if not _whole(self.top_logprobs) or not 0 <= self.top_logprobs <= MOST_TOP_LOGPROBS:
+            raise ValueError(
+                f"top_logprobs is {self.top_logprobs!r}; it must be a whole number from 0 to {MOST_TOP_LOGPROBS}"
+            )
         if not _whole(self.top_k) or not 0 <= self.top_k < 2**31:
             raise ValueError(f"top_k is {self.top_k!r}; it must be a whole number, 0 or more (0 is off)")
         if self.seed is not None and (not _whole(self.seed) or not 0 <= self.seed < 2**63):
@@ -89,6 +124,7 @@ class Sampler:
         self._generators: list[torch.Generator] = []
         self._punished: list[Sequence[int]] = []
         self._seen: Tensor | None = None  # (B, V) tokens that the penalty applies to; made when V is known
+        self._counts: Tensor | None = None  # (B, V) fp32: how often they stand in the answer; made when it is asked for
         for p, prompt in zip(params, prompts, strict=True):
             self._add(p, prompt)
         self._arrange()
@@ -98,6 +134,8 @@ class Sampler:
         self._add(params, prompt)
         if self._seen is not None:
             self._seen = torch.cat((self._seen, self._seen_at_first(self._punished[-1:], self._seen)))
+        if self._counts is not None:
+            self._counts = torch.cat((self._counts, torch.zeros_like(self._counts[:1])))
         self._arrange()
 
     def leave(self, row: int) -> None:
@@ -106,11 +144,15 @@ class Sampler:
             last = kept.pop()
             if row < len(kept):
                 kept[row] = last
-        if self._seen is not None:
-            if row < len(self._rows):
-                self._seen[row] = self._seen[-1]
-            self._seen = self._seen[:-1] if self._rows else None
+        self._seen, self._counts = self._without(self._seen, row), self._without(self._counts, row)
         self._arrange()
+
+    def _without(self, kept: Tensor | None, row: int) -> Tensor | None:
+        if kept is None or not self._rows:
+            return None
+        if row < len(self._rows):
+            kept[row] = kept[-1]
+        return kept[:-1]
 
     def _add(self, params: SamplingParams, prompt: Sequence[int]) -> None:
         self._rows.append(params)
@@ -136,13 +178,13 @@ class Sampler:
         self._top_p = column([p.top_p for p in params], 1.0)
         self._min_p = column([p.min_p for p in params], 0.0)
         self._penalty = column([p.repetition_penalty for p in params], 1.0)
+        self._presence = column([p.presence_penalty for p in params], 0.0)
+        self._frequency = column([p.frequency_penalty for p in params], 0.0)
+        self._telling = [i for i, p in enumerate(params) if p.logprobs]
 
     @torch.inference_mode()
     def __call__(self, logits: Tensor) -> Tensor:
-        """Next tokens (B,) int64 for logits (B, V), which are left as they are.
-
-        ValueError if a row's logits hold NaN or +inf or nothing but -inf: the weights are damaged.
-        """
+        """Next tokens (B,) int64 for logits (B, V), which are left as they are. NotFinite before any row draws."""
         x = self.adjust(logits)
         if self._greedy:
             top, tokens = x.max(-1)
@@ -157,17 +199,34 @@ class Sampler:
                 tokens = ids.gather(1, self._draw(values.gather(1, order)))[:, 0]
         if self._seen is not None:
             self._seen.scatter_(1, tokens[:, None], True)
+        if self._counts is not None:
+            self._counts.scatter_add_(1, tokens[:, None], torch.ones_like(self._counts[:, :1]))
         return tokens
+
+    @torch.inference_mode()
+    def logprobs(self, logits: Tensor, tokens: Sequence[int]) -> dict[int, TokenLogprobs]:
+        """What the rows that ask for it are told about the tokens drawn from these logits, by row."""
+        if not self._telling:
+            return {}
+        told = logits[self._telling, : self.vocab_size].float().log_softmax(-1)
+        most = min(max(self._rows[i].top_logprobs for i in self._telling), told.shape[1])
+        values, ids = (t.tolist() for t in told.topk(most))
+        found = {}
+        for at, row in enumerate(self._telling):
+            top = tuple(zip(ids[at], values[at], strict=True))[: self._rows[row].top_logprobs]
+            found[row] = TokenLogprobs(tokens[row], float(told[at, tokens[row]]), top)
+        return found
 
     def fork(self) -> Sampler:
         """A sampler in the same state: it draws what this one would draw next, and this one does not notice."""
         other = copy.copy(self)
         other._generators = [g.clone_state() for g in self._generators]
         other._seen = None if self._seen is None else self._seen.clone()
+        other._counts = None if self._counts is None else self._counts.clone()
         return other
 
     def adjust(self, logits: Tensor) -> Tensor:
-        """fp32 logits after the ban and the repetition penalty."""
+        """fp32 logits after the ban and the penalties."""
         x = logits[:, : self.vocab_size].float()
         if self._banned is not None:
             x = x.index_fill(1, self._banned, -math.inf)
@@ -178,6 +237,16 @@ class Sampler:
             rows, ids = self._seen.nonzero(as_tuple=True)
             seen, penalty = x[rows, ids], self._penalty[rows, 0]
             x = x.index_put((rows, ids), torch.where(seen < 0, seen * penalty, seen / penalty))
+        if self._presence is not None or self._frequency is not None:
+            if self._counts is None:
+                self._counts = torch.zeros_like(x)
+            rows, ids = self._counts.nonzero(as_tuple=True)
+            less = torch.zeros(len(rows), device=x.device)
+            if self._presence is not None:
+                less += self._presence[rows, 0]
+            if self._frequency is not None:
+                less += self._frequency[rows, 0] * self._counts[rows, ids]
+            x = x.index_put((rows, ids), -less, accumulate=True)
         return x
 
     @staticmethod
@@ -227,5 +296,5 @@ def _seed(params: SamplingParams) -> int:
 
 def _check_finite(top: Tensor) -> None:
     """top: the largest logit of each row; topk and max put NaN first."""
-    if not all(map(math.isfinite, top.tolist())):
-        raise ValueError("the model's logits are not finite; the weights are damaged or overflow in this dtype")
+    if bad := [i for i, value in enumerate(top.tolist()) if not math.isfinite(value)]:
+        raise NotFinite(bad)

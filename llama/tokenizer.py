@@ -84,6 +84,10 @@ class Tokenizer:
         stream = self.stream()
         return "".join(stream.feed(i) for i in ids) + stream.end()
 
+    def piece_bytes(self, token: int) -> bytes:
+        """What one id stands for; a part of a character, maybe."""
+        return self._bytes[token]
+
     def stream(self) -> StreamDecoder:
         """A decoder for ids that come one at a time."""
         return StreamDecoder(self._bytes)

@@ -28,7 +28,7 @@ TEXT_NAMES = (
 TEXT_HALF = {"llama", *(f"llama.{name}" for name in TEXT_NAMES)}
 SOURCES = [
     *(ROOT / f"{name}.py" for name in sorted(SCRIPTS) if (ROOT / f"{name}.py").exists()),
-    *(path for folder in ("llama", "kernels", "data") for path in sorted((ROOT / folder).rglob("*.py"))),
+    *(path for folder in ("llama", "kernels", "data", "web") for path in sorted((ROOT / folder).rglob("*.py"))),
 ]
 
 
@@ -53,7 +53,7 @@ def imports_of(path: Path) -> set[str]:
 
 
 def ours(names: set[str]) -> set[str]:
-    return {n for n in names if n.split(".")[0] in {"llama", "kernels", "data", *SCRIPTS}}
+    return {n for n in names if n.split(".")[0] in {"llama", "kernels", "data", "web", *SCRIPTS}}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_of)
@@ -70,11 +70,19 @@ def test_imports_follow_the_plan(path: Path) -> None:
         assert not any(n.split(".")[0] in {"torch", "numpy", "triton"} for n in names), "the text half has no torch"
     elif top == "llama":
         assert not any(n.startswith("kernels.") for n in names), "llama uses the seam, not its files"
-        assert not any(n.split(".")[0] in {"data"} for n in names), "llama never imports data"
+        assert not any(n.split(".")[0] in {"data", "web"} for n in names), "llama imports neither data nor web"
     elif top == "data":
         assert {n for n in ours(names) if not n.startswith("data")} <= TEXT_HALF
+        assert not any(n.split(".")[0] == "web" for n in names)
         if module != "data.loader":
             assert not any(n.split(".")[0] == "torch" for n in names), "torch only in data/loader.py"
+
+
+def test_web_leaves_numbers_to_llama() -> None:
+    """The HTTP layer asks engine and doctor; tensors and kernels are no business of its."""
+    for path in (ROOT / "web").rglob("*.py"):
+        used = {n.split(".")[0] for n in imports_of(path)}
+        assert not used & {"torch", "numpy", "kernels", "triton", "sentencepiece"}, path
 
 
 def test_a_cpu_run_never_loads_triton() -> None:
@@ -91,7 +99,8 @@ def test_a_cpu_run_never_loads_triton() -> None:
 def test_nothing_happens_at_import(path: Path) -> None:
     """Top level holds definitions, constants and imports; no statement that acts."""
     for node in ast.parse(path.read_text()).body:
-        allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
+        definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
+        allowed = (ast.Import, ast.ImportFrom, *definitions)
         docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         main = isinstance(node, ast.If) and "__main__" in ast.unparse(node.test)
         registration = path.parent.name == "kernels" and ".register_autograd(" in ast.unparse(node)
@@ -101,7 +110,7 @@ def test_nothing_happens_at_import(path: Path) -> None:
         )
 
 
-@pytest.mark.parametrize("package", ["llama", "data"])
+@pytest.mark.parametrize("package", ["llama", "data", "web"])
 def test_package_files_import_nothing(package: str) -> None:
     assert not imports_of(ROOT / package / "__init__.py")
 

@@ -12,6 +12,7 @@ import pytest
 
 import convert_weights
 import generate
+import serve
 from data import prepare
 from data.conditions import load_table
 from llama.arguments import parse
@@ -46,6 +47,8 @@ def test_commands_parse(command: str) -> None:
         parse(flags, {})
     elif words[script] == "generate.py":
         generate.parse(flags)
+    elif words[script] == "serve.py":
+        serve.parse(flags)
     else:
         convert_weights.parse(flags)
 
@@ -64,7 +67,7 @@ def test_python_snippet_compiles() -> None:
 
 
 def test_files_that_are_named_exist() -> None:
-    named = set(re.findall(r"`((?:bench|data|docs|kernels|llama|runs|tests)/[\w./-]*)`", README))
+    named = set(re.findall(r"`((?:bench|data|docs|kernels|llama|runs|tests|web)/[\w./-]*)`", README))
     assert len(named) > 8
     for name in named:
         assert (ROOT / name).exists(), name

@@ -75,7 +75,7 @@ def test_a_batch_answers_as_each_alone(
     answers = [batch.submit(r) for r in requests]
     pieces = dict.fromkeys(answers, "")
     while batch:
-        for answer, piece in batch.step():
+        for answer, piece, *_ in batch.step():
             pieces[answer] += piece
     for answer, request in zip(answers, requests, strict=True):
         assert same(answer, alone(model, small_tokenizer, request))
@@ -171,7 +171,7 @@ class Traffic(RuleBasedStateMachine):
     @rule(steps=st.integers(1, 6))
     def step(self, steps: int) -> None:
         for _ in range(steps):
-            for answer, _ in self.batch.step():
+            for answer, *_ in self.batch.step():
                 assert answer in self.open
                 if answer.finish_reason:
                     self.open.remove(answer)

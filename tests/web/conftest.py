@@ -1,16 +1,27 @@
-"""The page in a real browser: Debian's Chromium, headless, driven by Playwright. Skipped where either is missing."""
+"""The HTTP server in a thread; and the page in a real browser: Debian's Chromium, headless, driven by Playwright.
+
+The browser's tests are skipped where it or Playwright is missing.
+"""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from llama.chat import ChatFormat
+from llama.config import LlamaConfig
+from llama.generation import Doctor
+from llama.model import Llama
+from llama.sampling import SamplingParams
+from llama.tokenizer import Tokenizer
 from tests.web.page_server import PageServer
+from tests.web.running import Running, start
 
 ROOT = Path(__file__).resolve().parents[2]
 AXE = "4.14.1"  # axe-core's version: its rules decide what passes
@@ -19,6 +30,33 @@ FLAGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync"
 )
+
+
+@pytest.fixture(scope="session")
+def doctor(small_tokenizer: Tokenizer) -> Doctor:
+    """A random model of 2 layers."""
+    torch.manual_seed(0)
+    model = Llama(LlamaConfig(32, 2, 4, 2, 48, small_tokenizer.vocab_size, max_seq_len=256)).eval()
+    params = SamplingParams(temperature=0.0, repetition_penalty=1.0)
+    return Doctor("tiny", model, small_tokenizer, ChatFormat("dialogue", ""), params, 20)
+
+
+@pytest.fixture
+def serve(doctor: Doctor) -> Iterator[Callable[..., Running]]:
+    """Starts servers, which are stopped at the end."""
+    started: list[Running] = []
+
+    def begin(*args: Any, **options: Any) -> Running:
+        started.append(start(options.pop("doctor", doctor), *args, **options))
+        return started[-1]
+
+    yield begin
+    for running in started:
+        running.stop()
+        running.server.should_exit = running.server.force_exit = True
+    for running in started:
+        running.thread.join(20)
+        assert not running.thread.is_alive()
 
 
 @pytest.fixture(scope="session")
