@@ -1,4 +1,4 @@
-"""A server for the page alone: the files of web/page/ with their security headers, and answers as a test scripts them.
+"""A server for the page alone: the files of web/page/ under the server's security headers, and answers as scripted.
 
 It keeps to what the page relies on: streamed chat completions with their `chatdoctor` object, /api/about, ratings and
 errors in OpenAI's shape. No model, so that a test says word by word what comes and when it breaks off.
@@ -14,6 +14,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Self
 
+from web.guard import SECURITY
+
 PAGE = Path(__file__).resolve().parents[2] / "web" / "page"
 KINDS = {
     ".html": "text/html; charset=utf-8",
@@ -21,12 +23,6 @@ KINDS = {
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
 }
-# Beside what keeps foreign code out: with trusted types, a string that is used as markup is an error of the page.
-POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-    "require-trusted-types-for 'script'; trusted-types 'none'"
-)
 GOUT = {
     "id": 712,
     "name": "Gout",
@@ -165,8 +161,8 @@ class PageServer:
         http.send_response(status)
         http.send_header("Content-Type", kind)
         http.send_header("Content-Length", str(len(data)))
-        http.send_header("Content-Security-Policy", POLICY)
-        http.send_header("X-Content-Type-Options", "nosniff")
+        for name, value in SECURITY.items():
+            http.send_header(name, value)
         if retry_after:
             http.send_header("Retry-After", retry_after)
         http.end_headers()

@@ -205,6 +205,16 @@ def test_what_is_stored_may_be_anything(page: Any) -> None:
     assert page.locator("#consultations li").count() == 1
 
 
+def test_a_browser_that_keeps_nothing_says_so(page: Any, server: PageServer) -> None:
+    page.evaluate("() => { Storage.prototype.setItem = () => { throw new DOMException('full') } }")
+    ask(page, "My nose runs.")
+    ask(page, "How long?")
+    page.get_by_role("alert").filter(has_text="This browser keeps no more").wait_for()
+    page.get_by_role("button", name="New consultation").click()
+    page.get_by_role("button", name="My nose runs.", exact=True).click()
+    assert page.locator(".question .text").all_inner_texts() == ["My nose runs.", "How long?"]
+
+
 def test_edit_and_retry(page: Any, server: PageServer) -> None:
     server.replies = [Reply("First."), Reply("Second."), Reply("Third."), Reply("Fourth.")]
     ask(page, "My nose runs.")
