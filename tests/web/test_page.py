@@ -135,6 +135,8 @@ def test_cited_rows_are_cards(page: Any, server: PageServer) -> None:
     assert card.locator("dl").is_visible()
     assert "Uric acid in the blood" in card.inner_text()
     assert page.evaluate("document.activeElement.tagName") == "SUMMARY"
+    ask(page, "Thank you.")
+    assert card.locator("dl").is_visible(), "what is open stays open"
     link = card.get_by_role("link")
     assert (link.inner_text(), link.get_attribute("href")) == (GOUT["url"], GOUT["url"])
     assert "noopener" in link.get_attribute("rel")
@@ -323,12 +325,15 @@ def test_ratings_need_consent(page: Any, server: PageServer) -> None:
     page.get_by_label("What it should have been").fill("A cold lasts ten days.")
     page.get_by_role("button", name="Send rating").click()
     turn.get_by_text("Kept as rating 2").wait_for()
+    turn.get_by_role("button", name="Bad answer").click()
+    page.get_by_role("button", name="Send rating").click()
+    turn.get_by_text("Kept as rating 3").wait_for()
     kept = server.ratings[1]
     assert (kept["rating"], kept["reason"], kept["correction"]) == ("bad", "too short", "A cold lasts ten days.")
     page.get_by_role("button", name="Privacy and data").click()
     page.get_by_role("button", name="Erase ratings on the server").click()
     page.get_by_role("button", name="Erase", exact=True).click()
-    page.get_by_text("2 ratings are erased.").wait_for()
+    page.get_by_text("3 ratings are erased.").wait_for()
     assert "chatdoctor.consent" not in stored(page)
 
 

@@ -85,7 +85,13 @@ function part(data) {
 async function ask(method, path, body, signal) {
   let response;
   try {
-    response = await fetch(path, { method, headers: headers(), body: body && JSON.stringify(body), signal, cache: "no-store" });
+    response = await fetch(path, {
+      method,
+      headers: headers(),
+      body: body && JSON.stringify(body),
+      signal,
+      cache: "no-store",
+    });
   } catch (error) {
     if (signal?.aborted) throw error;
     throw new Refusal("The server cannot be reached. Is it still running?");
