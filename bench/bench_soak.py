@@ -123,7 +123,7 @@ def soak(args: argparse.Namespace) -> dict[str, Any]:
         client.join()
     stats = engine.stats()
     engine.close(0)
-    quarter = len(memory) // 4
+    quarter, tenth = len(memory) // 4, max(1, len(memory) // 10)
     second, last = (statistics.median(part) for part in (memory[quarter : 2 * quarter], memory[-quarter:]))
     return {
         "seconds": args.seconds,
@@ -133,11 +133,7 @@ def soak(args: argparse.Namespace) -> dict[str, Any]:
         "reused_share": round(stats.reused_tokens / max(1, stats.prompt_tokens), 3),
         "cached_bytes": stats.cached_bytes,
         "cached_bytes_most": stats.cached_bytes_most,
-        "memory_mib": {
-            "second_quarter": round(second, 1),
-            "last_quarter": round(last, 1),
-            "most": round(max(memory), 1),
-        },
+        "memory_mib_by_tenths": [round(statistics.median(memory[i * tenth : (i + 1) * tenth]), 1) for i in range(10)],
         "drift": round(last / second - 1, 4),
     }
 
