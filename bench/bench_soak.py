@@ -3,8 +3,8 @@
     python bench/bench_soak.py [--seconds 60] [--shape tiny] [--clients 12] [--threads 2]
 
 Random weights, greedy. Clients submit chats that go on or begin anew (a beginning of 40 ids that all share), listen,
-and cancel a third of their answers at a random token, or before the first. Finished answers are compared with those of
-the same request alone (one in ten). Resident memory is read four times a second; "drift" is the median of its last
+and cancel a third of their answers at a random token, or before the first. Some finished answers are compared in the
+end with those of the same request alone. Resident memory is read four times a second; "drift" is the median of its last
 quarter over that of its second, the first being warm-up. Writes bench/results/soak_cpu.json.
 """
 
@@ -33,6 +33,7 @@ from llama.generation import Answer, Doctor, Request
 from llama.sampling import SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0, repetition_penalty=1.0)
+COMPARED = 10  # answers of a client
 SHARED = 40  # ids that every chat begins with
 
 
@@ -50,6 +51,7 @@ class Client(threading.Thread):
         self.engine, self.doctor, self.until = engine, doctor, until
         self.chance = random.Random(number)
         self.counts = dict.fromkeys(("finished", "cancelled", "refused", "failed", "compared", "differ"), 0)
+        self.taken: list[tuple[Request, list[int]]] = []
 
     def run(self) -> None:
         chat: list[int] = []
@@ -94,16 +96,18 @@ class Client(threading.Thread):
             self.counts["cancelled"] += 1
         else:
             self.counts["finished"] += 1
-            if self.chance.random() < 0.1:
-                self._compare(request, ids)
+            if len(self.taken) < COMPARED and self.chance.random() < 0.05:
+                self.taken.append((request, ids))
         return ids
 
-    def _compare(self, request: Request, ids: list[int]) -> None:
-        answer = Answer(request, self.doctor.tokenizer)
-        for _ in answer.stream(self.doctor.model):
-            pass
-        self.counts["compared"] += 1
-        self.counts["differ"] += answer.token_ids != ids
+    def compare(self) -> None:
+        """Some of its answers with those of the same request alone."""
+        for request, ids in self.taken:
+            answer = Answer(request, self.doctor.tokenizer)
+            for _ in answer.stream(self.doctor.model):
+                pass
+            self.counts["compared"] += 1
+            self.counts["differ"] += answer.token_ids != ids
 
 
 def soak(args: argparse.Namespace) -> dict[str, Any]:
@@ -121,9 +125,11 @@ def soak(args: argparse.Namespace) -> dict[str, Any]:
         time.sleep(0.25)
     for client in clients:
         client.join()
+    for client in clients:
+        client.compare()
     stats = engine.stats()
     engine.close(0)
-    quarter = len(memory) // 4
+    quarter, tenth = len(memory) // 4, max(1, len(memory) // 10)
     second, last = (statistics.median(part) for part in (memory[quarter : 2 * quarter], memory[-quarter:]))
     return {
         "seconds": args.seconds,
@@ -133,11 +139,7 @@ def soak(args: argparse.Namespace) -> dict[str, Any]:
         "reused_share": round(stats.reused_tokens / max(1, stats.prompt_tokens), 3),
         "cached_bytes": stats.cached_bytes,
         "cached_bytes_most": stats.cached_bytes_most,
-        "memory_mib": {
-            "second_quarter": round(second, 1),
-            "last_quarter": round(last, 1),
-            "most": round(max(memory), 1),
-        },
+        "memory_mib_by_tenths": [round(statistics.median(memory[i * tenth : (i + 1) * tenth]), 1) for i in range(10)],
         "drift": round(last / second - 1, 4),
     }
 

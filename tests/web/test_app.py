@@ -275,7 +275,7 @@ def test_answers_from_a_database_show_their_rows(serve: Serve, doctor: Doctor, t
     first, *_, last = events(running.chat(messages=asked, stream=True, max_tokens=2).text)
     (row,) = [r for r in first["chatdoctor"]["rows"] if r["name"].lower() == "gout"]
     assert {"id", "symptoms", "tests", "medications", "source", "url"} <= set(row)
-    assert "cites none" in last["chatdoctor"]["after"][0]
+    assert "rests on none" in last["chatdoctor"]["after"][0]
     assert running.chat(messages=asked).json()["chatdoctor"]["rows"] == first["chatdoctor"]["rows"]
     assert running.chat(messages=asked, grounded=False).json()["chatdoctor"]["rows"] == []
     assert serve().chat(messages=asked, grounded=True).json()["error"]["param"] == "grounded"
