@@ -129,14 +129,20 @@ class Batch:
         failed: list[Event] = []
         left, most = self.budget, self.rows
         while left > 0 and self._waiting and len(self._open) < self.rows:
+            first, held = self._waiting[0], self._desk.length
             try:
+                if not held:
+                    self._begin(first)
+                    held = self._desk.length
                 left -= self._read_some(left, min(most, self.rows - len(self._open)))
             except (RuntimeError, MemoryError, NotFinite) as e:
                 why = _trouble(e)
-                self._desk.truncate(0)
-                if most > 1 or (why == OUT_OF_MEMORY and self._give_back()):
+                same = bool(self._waiting) and self._waiting[0] is first
+                self._desk.truncate(held if same else 0)
+                if (why == OUT_OF_MEMORY and self._give_back()) or most > 1:
                     most = 1  # one by one, to see which it is
                 else:
+                    self._desk.truncate(0)
                     failed.append(self._fail(self._waiting.popleft(), why))
         return failed
 
@@ -145,8 +151,6 @@ class Batch:
 
         Only of the first can there be a beginning on the desk. NotFinite if it makes keys or values that are not.
         """
-        if not self._desk.length:
-            self._begin(self._waiting[0])
         held = done = self._desk.length
         tokens: list[int] = []
         starts = [0] * held
@@ -205,9 +209,13 @@ class Batch:
         """Give an answer its row; its prompt lies on the desk from `at` on."""
         request = answer.request
         read = as_array(request.prompt[:-1])
-        self._cache.join(self._desk, at, len(read))
-        self._sampler.join(request.params, request.prompt)
         room = room_for(self._model, request.prompt, request.max_new_tokens)
+        self._sampler.join(request.params, request.prompt)
+        try:
+            self._cache.join(self._desk, at, len(read))
+        except (RuntimeError, MemoryError):
+            self._sampler.leave(len(self._open))
+            raise
         self._open.append(_Row(answer, request.prompt[-1], room, read))
 
     def _run(self, tokens: list[int], starts: list[int]) -> None:

@@ -130,12 +130,15 @@ class Sampler:
         self._arrange()
 
     def join(self, params: SamplingParams, prompt: Sequence[int]) -> None:
-        """A new last row."""
+        """A new last row. Memory is taken before anything has changed."""
+        punished = _punished(params, prompt)
+        seen, counts = self._seen, self._counts
+        if seen is not None:
+            seen = torch.cat((seen, self._seen_at_first([punished], seen)))
+        if counts is not None:
+            counts = torch.cat((counts, torch.zeros_like(counts[:1])))
+        self._seen, self._counts = seen, counts
         self._add(params, prompt)
-        if self._seen is not None:
-            self._seen = torch.cat((self._seen, self._seen_at_first(self._punished[-1:], self._seen)))
-        if self._counts is not None:
-            self._counts = torch.cat((self._counts, torch.zeros_like(self._counts[:1])))
         self._arrange()
 
     def leave(self, row: int) -> None:
@@ -157,7 +160,7 @@ class Sampler:
     def _add(self, params: SamplingParams, prompt: Sequence[int]) -> None:
         self._rows.append(params)
         self._generators.append(torch.Generator().manual_seed(_seed(params)))
-        self._punished.append(prompt if params.penalize_prompt else ())
+        self._punished.append(_punished(params, prompt))
 
     def _arrange(self) -> None:
         """Settings as columns (B, 1), or None where every row has the filter off."""
@@ -206,15 +209,12 @@ class Sampler:
     @torch.inference_mode()
     def logprobs(self, logits: Tensor, tokens: Sequence[int]) -> dict[int, TokenLogprobs]:
         """What the rows that ask for it are told about the tokens drawn from these logits, by row."""
-        if not self._telling:
-            return {}
-        told = logits[self._telling, : self.vocab_size].float().log_softmax(-1)
-        most = min(max(self._rows[i].top_logprobs for i in self._telling), told.shape[1])
-        values, ids = (t.tolist() for t in told.topk(most))
         found = {}
-        for at, row in enumerate(self._telling):
-            top = tuple(zip(ids[at], values[at], strict=True))[: self._rows[row].top_logprobs]
-            found[row] = TokenLogprobs(tokens[row], float(told[at, tokens[row]]), top)
+        for row in self._telling:  # one at a time: there may be no memory for more
+            p = logits[row, : self.vocab_size].float().log_softmax(-1)
+            values, ids = p.topk(min(self._rows[row].top_logprobs, len(p)))
+            top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+            found[row] = TokenLogprobs(tokens[row], float(p[tokens[row]]), top)
         return found
 
     def fork(self) -> Sampler:
@@ -288,6 +288,10 @@ class Sampler:
         # Strictly below the total, so that the column found has a probability above 0 even if the product rounds up.
         x = torch.minimum(u.to(values.device) * total, torch.nextafter(total, torch.zeros_like(total)))
         return torch.searchsorted(cumulative, x, right=True)
+
+
+def _punished(params: SamplingParams, prompt: Sequence[int]) -> Sequence[int]:
+    return prompt if params.penalize_prompt else ()
 
 
 def _seed(params: SamplingParams) -> int:

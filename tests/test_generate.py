@@ -482,6 +482,26 @@ def test_answers_are_written_as_they_end(generate: Generate, tmp_path: Path, mon
     assert all(a in whole for a in first)
 
 
+def test_a_line_that_the_model_fails_on_is_named_and_the_others_are_answered(
+    generate: Generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llama import batching
+
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(json.dumps({"prompt": p}) for p in ("cough", "pain " * 30, "fever")))
+    finite = batching._finite
+    monkeypatch.setattr(batching, "_finite", lambda part: part[0].shape[2] < 25 and finite(part))
+    code, _, err = generate("--input", str(source), "--output", str(target))
+    assert code == 2
+    assert "line 2: the model's logits are not finite" in err
+    assert "2 of 3 lines answered, 1 rejected" in err
+    assert [("error" in line, "text" in line) for line in lines_of(target)] == [
+        (False, True),
+        (True, False),
+        (False, True),
+    ]
+
+
 def test_somebody_elses_file_is_not_touched(generate: Generate, tmp_path: Path) -> None:
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text(json.dumps(RECORDS[0]))

@@ -101,6 +101,16 @@ def test_batches_are_measured() -> None:
     assert f"| {alone} one at a time, {theirs} transformers' batches |" in README
 
 
+def test_streams_are_measured() -> None:
+    r = next(r for r in result("engine_cpu.json") if r["shape"] == "15m")
+    own = "tokens_per_own_s"
+    both, steps = (sorted(r[f"{way}, {own}"])[1] for way in ("many / one", "steps of many / steps of one"))  # type: ignore[call-overload]
+    many = r["many"]
+    first = f"first token in {many['first_token_ms_p50']:.0f} ms, p95 {many['first_token_ms_p95']:.0f} ms"  # type: ignore[index]
+    assert f"16 streams, 15M fp32, one core | {both:.2f}x one" in README
+    assert f"(steps alone {steps:.2f}x), {first} |" in README
+
+
 def test_what_rounding_costs_is_measured() -> None:
     rows = {(r["weights"], r["rounding"], r["group"]): r for r in result("quantised_cpu.json")}
     figures = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import queue
 import random
 import threading
@@ -349,3 +350,5 @@ def test_a_soak_with_random_cancels_ends_with_every_row_free(doctor: Doctor) -> 
     assert stats.cached_chats <= 7
     assert stats.cached_bytes <= 400_000
     engine.close(0)
+    gc.collect()
+    assert not [o for o in gc.get_objects() if type(o) is Answer]

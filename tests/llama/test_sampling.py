@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama.sampling import Sampler, SamplingParams
+from llama.sampling import NotFinite, Sampler, SamplingParams
 
 OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 
@@ -253,3 +253,84 @@ def test_rows_join_and_leave_without_touching_the_others() -> None:
         for i, token in zip(rows, new, strict=True):
             got[i].append(token)
     assert got == alone
+
+
+# --- penalties by count, log-probabilities ---
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    presence=st.sampled_from([-2.0, 0.0, 0.7]),
+    frequency=st.sampled_from([-0.5, 0.0, 1.1]),
+    repetition=st.sampled_from([1.0, 1.3]),
+    seed=st.integers(0, 5),
+)
+def test_presence_and_frequency_penalties_are_openais(
+    presence: float, frequency: float, repetition: float, seed: int
+) -> None:
+    """logit - count * frequency - (count > 0) * presence, over the answer; a neighbour without them notices nothing."""
+    g = torch.Generator().manual_seed(seed)
+    steps = torch.randn(12, 2, 9, generator=g)
+    p = params(
+        seed=1,
+        presence_penalty=presence,
+        frequency_penalty=frequency,
+        repetition_penalty=repetition,
+        penalize_prompt=True,
+    )
+    sampler, neighbour = Sampler([p, params(seed=2)], [[3, 3, 4], []]), Sampler([params(seed=2)], [[]])
+    counts = torch.zeros(9)
+    for logits in steps:
+        want = logits[0].clone()
+        seen = (counts > 0) | torch.isin(torch.arange(9), torch.tensor([3, 4]))
+        want = torch.where(seen, torch.where(want < 0, want * repetition, want / repetition), want)
+        want = want - counts * frequency - (counts > 0) * presence
+        assert torch.allclose(sampler.adjust(logits)[0], want, atol=1e-6)
+        drawn = sampler(logits).tolist()
+        assert drawn[1] == int(neighbour(logits[1:]))
+        counts[drawn[0]] += 1
+
+
+@pytest.mark.parametrize("name", ["presence_penalty", "frequency_penalty"])
+@pytest.mark.parametrize("value", [2.1, -2.1, math.nan, "much", None, True])
+def test_penalties_out_of_range_name_themselves(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"^{name} is .*must be"):
+        SamplingParams(**{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [-1, 21, 1.0, True])
+def test_top_logprobs_out_of_range_name_themselves(value: object) -> None:
+    with pytest.raises(ValueError, match=r"^top_logprobs is .*must be"):
+        SamplingParams(top_logprobs=value)  # type: ignore[arg-type]
+
+
+def test_logprobs_are_the_models_own_before_any_filter() -> None:
+    logits = torch.randn(4, 30, generator=torch.Generator().manual_seed(0)) * 3
+    rows = [
+        params(temperature=0.0, logprobs=True, top_logprobs=3),
+        params(seed=1),
+        params(seed=2, temperature=1.7, top_k=2, repetition_penalty=2.0, logprobs=True),
+        params(seed=3, top_logprobs=4),
+    ]
+    sampler = Sampler(rows, [[]] * 4, vocab_size=28, banned=[int(logits[0].argmax())])
+    tokens = sampler(logits).tolist()
+    told = sampler.logprobs(logits, tokens)
+    assert set(told) == {0, 2}
+    p = logits[:, :28].log_softmax(-1)
+    for row, said in told.items():
+        assert said.token == tokens[row]
+        assert said.logprob == pytest.approx(float(p[row, tokens[row]]), abs=1e-6)
+        values, ids = p[row].topk(rows[row].top_logprobs)
+        assert [i for i, _ in said.top] == ids.tolist()
+        assert [v for _, v in said.top] == pytest.approx(values.tolist(), abs=1e-6)
+
+
+def test_damaged_rows_are_named_before_any_draws() -> None:
+    logits = torch.randn(3, 9, generator=torch.Generator().manual_seed(0))
+    sampler, other = (Sampler([params(seed=i) for i in range(3)], [[]] * 3) for _ in range(2))
+    damaged = logits.clone()
+    damaged[1, 4] = math.nan
+    with pytest.raises(NotFinite) as error:
+        sampler(damaged)
+    assert error.value.rows == [1]
+    assert torch.equal(sampler(logits), other(logits))
