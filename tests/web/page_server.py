@@ -1,4 +1,4 @@
-"""A server for the page alone: the files of web/page/ with their security headers, and answers as a test scripts them.
+"""A server for the page alone: the files of web/page/ under the server's security headers, and answers as scripted.
 
 It keeps to what the page relies on: streamed chat completions with their `chatdoctor` object, /api/about, ratings and
 errors in OpenAI's shape. No model, so that a test says word by word what comes and when it breaks off.
@@ -60,6 +60,8 @@ class PageServer:
         self.asked: list[dict[str, Any]] = []  # bodies of requests for answers
         self.ratings: list[dict[str, Any]] = []
         self.paths: list[str] = []  # of all requests
+        self.about: dict[str, Any] = {"model": "stub", "description": "0.9M parameters, float32", "context": 512}
+        self.about |= {"disclaimer": "Not medical advice, and\nnot a doctor.", "diseases": True, "feedback": True}
         self.key = ""
         self.gone = threading.Event()  # a reader has left before its answer's end
         self.go_on = threading.Event()
@@ -108,8 +110,7 @@ class PageServer:
         if self.key and http.headers["Authorization"] != f"Bearer {self.key}":
             return self._send_json(http, 401, {"error": {"message": "Wrong key", "type": "authentication_error"}})
         if http.path == "/api/about":
-            about = {"model": "stub", "description": "0.9M parameters, float32", "context": 512, "disclaimer": ""}
-            return self._send_json(http, 200, about | {"diseases": True, "feedback": True})
+            return self._send_json(http, 200, self.about)
         if http.path == "/api/feedback" and http.command == "DELETE":
             erased = len(self.ratings)
             self.ratings.clear()
@@ -160,8 +161,8 @@ class PageServer:
         http.send_response(status)
         http.send_header("Content-Type", kind)
         http.send_header("Content-Length", str(len(data)))
-        http.send_header("Content-Security-Policy", SECURITY["content-security-policy"])
-        http.send_header("X-Content-Type-Options", "nosniff")
+        for name, value in SECURITY.items():
+            http.send_header(name, value)
         if retry_after:
             http.send_header("Retry-After", retry_after)
         http.end_headers()

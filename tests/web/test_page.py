@@ -18,7 +18,7 @@ GROUNDED = Reply(
     "This sounds like **gout** [DB 712].\n\n1. Measure *uric acid* [DB 712, 9].\n2. Colchicine or ibuprofen may help.",
     rows=[GOUT, BURSITIS],
     after=[
-        "[DB 712] Gout (sample 3): symptoms Sudden pain\nUnsourced, for no cited row holds it: ibuprofen.",
+        "[DB 712] Gout (sample 3): symptoms Sudden pain\nUnsourced, for no cited row holds it: ibuprofen; X-ray.",
         "ALLERGY. The answer names colchicine (your card: allergy to colchicine). Do not take it.",
     ],
 )
@@ -74,7 +74,22 @@ def test_a_consultation(page: Any, server: PageServer) -> None:
         {"role": "user", "content": "How long does it last?"},
     ]
     assert page.title() == "My nose runs. · ChatDoctor"
-    assert page.get_by_text("not medical advice").is_visible()
+    assert page.locator("#disclaimer").inner_text() == "Not medical advice, and not a doctor."
+
+
+def test_the_disclaimer_needs_no_server(page: Any, server: PageServer) -> None:
+    page.route("**/api/about", lambda route: route.abort())
+    page.reload()
+    page.get_by_text("The server cannot be reached.").first.wait_for()
+    assert page.get_by_text("A research model, not a doctor").is_visible()
+
+
+def test_a_server_without_ratings(page: Any, server: PageServer) -> None:
+    server.about["feedback"] = False
+    page.reload()
+    turn = ask(page, "My nose runs.")
+    assert turn.get_by_role("button", name="Copy answer").is_visible()
+    assert turn.get_by_role("button", name="Good answer").count() == 0
 
 
 def test_an_example_is_a_question(page: Any, server: PageServer) -> None:
@@ -120,6 +135,8 @@ def test_cited_rows_are_cards(page: Any, server: PageServer) -> None:
     assert card.locator("dl").is_visible()
     assert "Uric acid in the blood" in card.inner_text()
     assert page.evaluate("document.activeElement.tagName") == "SUMMARY"
+    ask(page, "Thank you.")
+    assert card.locator("dl").is_visible(), "what is open stays open"
     link = card.get_by_role("link")
     assert (link.inner_text(), link.get_attribute("href")) == (GOUT["url"], GOUT["url"])
     assert "noopener" in link.get_attribute("rel")
@@ -188,6 +205,16 @@ def test_what_is_stored_may_be_anything(page: Any) -> None:
     page.reload()
     page.locator(".question .text", has_text="Q").wait_for()
     assert page.locator("#consultations li").count() == 1
+
+
+def test_a_browser_that_keeps_nothing_says_so(page: Any, server: PageServer) -> None:
+    page.evaluate("() => { Storage.prototype.setItem = () => { throw new DOMException('full') } }")
+    ask(page, "My nose runs.")
+    ask(page, "How long?")
+    page.get_by_role("alert").filter(has_text="This browser keeps no more").wait_for()
+    page.get_by_role("button", name="New consultation").click()
+    page.get_by_role("button", name="My nose runs.", exact=True).click()
+    assert page.locator(".question .text").all_inner_texts() == ["My nose runs.", "How long?"]
 
 
 def test_edit_and_retry(page: Any, server: PageServer) -> None:
@@ -298,12 +325,15 @@ def test_ratings_need_consent(page: Any, server: PageServer) -> None:
     page.get_by_label("What it should have been").fill("A cold lasts ten days.")
     page.get_by_role("button", name="Send rating").click()
     turn.get_by_text("Kept as rating 2").wait_for()
+    turn.get_by_role("button", name="Bad answer").click()
+    page.get_by_role("button", name="Send rating").click()
+    turn.get_by_text("Kept as rating 3").wait_for()
     kept = server.ratings[1]
     assert (kept["rating"], kept["reason"], kept["correction"]) == ("bad", "too short", "A cold lasts ten days.")
     page.get_by_role("button", name="Privacy and data").click()
     page.get_by_role("button", name="Erase ratings on the server").click()
     page.get_by_role("button", name="Erase", exact=True).click()
-    page.get_by_text("2 ratings are erased.").wait_for()
+    page.get_by_text("3 ratings are erased.").wait_for()
     assert "chatdoctor.consent" not in stored(page)
 
 

@@ -11,20 +11,23 @@ export class Refusal extends Error {
   }
 }
 
+let unkept = null; // the key, where the browser keeps nothing for a tab
+
 /** The key of this tab; null forgets it. */
 export function setKey(key) {
+  unkept = key;
   try {
     if (key === null) sessionStorage.removeItem(KEY);
     else sessionStorage.setItem(KEY, key);
   } catch {
-    // A browser that keeps nothing asks again.
+    // It lasts until the page is left.
   }
 }
 
 function headers() {
-  let key = null;
+  let key = unkept;
   try {
-    key = sessionStorage.getItem(KEY);
+    key ??= sessionStorage.getItem(KEY);
   } catch {
     // As above.
   }
@@ -82,7 +85,13 @@ function part(data) {
 async function ask(method, path, body, signal) {
   let response;
   try {
-    response = await fetch(path, { method, headers: headers(), body: body && JSON.stringify(body), signal, cache: "no-store" });
+    response = await fetch(path, {
+      method,
+      headers: headers(),
+      body: body && JSON.stringify(body),
+      signal,
+      cache: "no-store",
+    });
   } catch (error) {
     if (signal?.aborted) throw error;
     throw new Refusal("The server cannot be reached. Is it still running?");

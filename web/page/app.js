@@ -104,7 +104,9 @@ function refresh(turn, live) {
 function follow() {
   const box = byId("scroll");
   const alarm = views.at(-1)?.element.querySelector(".emergency");
-  const most = alarm ? box.scrollTop + alarm.getBoundingClientRect().top - box.getBoundingClientRect().top - 8 : Infinity;
+  const most = alarm
+    ? box.scrollTop + alarm.getBoundingClientRect().top - box.getBoundingClientRect().top - 8
+    : Infinity;
   if (pinned) box.scrollTop = Math.min(box.scrollHeight, most);
   byId("latest").hidden = pinned || !shown.turns.length;
 }
@@ -124,8 +126,21 @@ function showList() {
       el(
         "li",
         {},
-        el("button", { type: "button", class: "consultation", "aria-current": one.id === shown.id ? "true" : null, onclick: () => go(one.id) }, title(one)),
-        el("button", { type: "button", class: "icon", "aria-label": `Erase “${title(one)}”`, onclick: () => erase(one) }, icon("trash")),
+        el(
+          "button",
+          {
+            type: "button",
+            class: "consultation",
+            "aria-current": one.id === shown.id ? "true" : null,
+            onclick: () => go(one.id),
+          },
+          title(one),
+        ),
+        el(
+          "button",
+          { type: "button", class: "icon", "aria-label": `Erase “${title(one)}”`, onclick: () => erase(one) },
+          icon("trash"),
+        ),
       ),
     ),
   );
@@ -151,7 +166,11 @@ function showPatient() {
 
 function showError(text) {
   byId("page-error").hidden = !text;
-  const close = el("button", { type: "button", class: "icon", "aria-label": "Close this message", onclick: () => showError("") }, icon("close"));
+  const close = el(
+    "button",
+    { type: "button", class: "icon", "aria-label": "Close this message", onclick: () => showError("") },
+    icon("close"),
+  );
   byId("page-error").replaceChildren(...(text ? [icon("alert"), el("span", {}, text), close] : []));
 }
 
@@ -195,7 +214,13 @@ async function erase(one) {
 }
 
 async function eraseAll() {
-  if (!(await sure("Erase everything?", "All consultations, the patient card, the key and your consent will be erased from this browser."))) return;
+  if (
+    !(await sure(
+      "Erase everything?",
+      "All consultations, the patient card, the key and your consent will be erased from this browser.",
+    ))
+  )
+    return;
   abandon();
   store.forgetAll();
   setKey(null);
@@ -208,7 +233,13 @@ async function eraseAll() {
 }
 
 async function eraseKept() {
-  if (!(await sure("Erase the ratings?", "All ratings that this server keeps will be erased, and your consent is taken back."))) return;
+  if (
+    !(await sure(
+      "Erase the ratings?",
+      "All ratings that this server keeps will be erased, and your consent is taken back.",
+    ))
+  )
+    return;
   try {
     const erased = await withKey(eraseRatings);
     store.keepConsent(false);
@@ -230,7 +261,8 @@ function showSidebar(wanted) {
 }
 
 function showTheme() {
-  const dark = document.documentElement.dataset.theme ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
+  const dark =
+    document.documentElement.dataset.theme ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
   byId("theme").setAttribute("aria-pressed", String(dark === "dark"));
   return dark;
 }
@@ -302,7 +334,8 @@ function listen() {
     store.keepTheme(theme);
     showTheme();
   });
-  for (const example of document.querySelectorAll(".example")) example.addEventListener("click", () => ask(shown, example.textContent, tell));
+  for (const example of document.querySelectorAll(".example"))
+    example.addEventListener("click", () => ask(shown, example.textContent, tell));
   document.addEventListener("keydown", (event) => {
     if (event.key !== "Escape" || document.querySelector("dialog[open]")) return;
     if (document.body.classList.contains("sidebar")) showSidebar(false);

@@ -106,12 +106,19 @@ export function keep(consultation, tell) {
 export function messagesOf(turns) {
   return turns
     .filter((turn) => turn.answer.trim())
-    .flatMap((turn) => [{ role: "user", content: turn.question }, { role: "assistant", content: turn.answer.trimEnd() }]);
+    .flatMap((turn) => [
+      { role: "user", content: turn.question },
+      { role: "assistant", content: turn.answer.trimEnd() },
+    ]);
 }
 
 /** Do what asks the server; where it wants a key, ask for one and do it again. */
 export async function withKey(what) {
-  for (let why = "This server asks for a key. It is kept until this tab is closed."; ; why = "The server does not accept this key.") {
+  for (
+    let why = "This server asks for a key. It is kept until this tab is closed.";
+    ;
+    why = "The server does not accept this key."
+  ) {
     try {
       return await what();
     } catch (error) {

@@ -25,7 +25,9 @@ const INLINE = new RegExp(
     /(?<!\w)_(?=[^\s_])(?<em2>[^_\n]{1,600}?)(?<=\S)_(?!\w)/,
     /~~(?=\S)(?<gone>[^~\n]{1,600}?)(?<=\S)~~/,
     /(?<line>\n)/,
-  ].map((part) => part.source).join("|"),
+  ]
+    .map((part) => part.source)
+    .join("|"),
   "g",
 );
 
@@ -96,7 +98,14 @@ const CODE = {
 const CITED = {
   end: (lines, at) => first(lines, at, (line) => !QUOTE.test(line)),
   build: (lines, context, depth) =>
-    el("blockquote", {}, parse(lines.map((line) => line.replace(QUOTE, "")), depth + 1).map((b) => b.build(context))),
+    el(
+      "blockquote",
+      {},
+      parse(
+        lines.map((line) => line.replace(QUOTE, "")),
+        depth + 1,
+      ).map((b) => b.build(context)),
+    ),
 };
 
 const LIST = {
@@ -117,7 +126,13 @@ const LIST = {
       else items.at(-1).push(line.replace(/^ {1,4}/, ""));
     }
     const start = isOrdered(lines[0]) ? parseInt(lines[0].match(ITEM)[2], 10) : 1;
-    const built = items.map((own) => el("li", {}, parse(own, depth + 1).map((block) => unwrapped(block.build(context)))));
+    const built = items.map((own) =>
+      el(
+        "li",
+        {},
+        parse(own, depth + 1).map((block) => unwrapped(block.build(context))),
+      ),
+    );
     return el(isOrdered(lines[0]) ? "ol" : "ul", start === 1 ? {} : { start }, built);
   },
 };
@@ -125,8 +140,22 @@ const LIST = {
 const TABLE = {
   end: (lines, at) => first(lines, at, (line) => !line.includes("|")),
   build([head, , ...body], context) {
-    const row = (line, tag) => el("tr", {}, cells(line).map((cell) => el(tag, {}, inline(cell, context))));
-    const table = el("table", {}, el("thead", {}, row(head, "th")), el("tbody", {}, body.map((line) => row(line, "td"))));
+    const row = (line, tag) =>
+      el(
+        "tr",
+        {},
+        cells(line).map((cell) => el(tag, {}, inline(cell, context))),
+      );
+    const table = el(
+      "table",
+      {},
+      el("thead", {}, row(head, "th")),
+      el(
+        "tbody",
+        {},
+        body.map((line) => row(line, "td")),
+      ),
+    );
     return el("div", { class: "table", tabindex: "0", role: "group", "aria-label": "Table" }, table);
   },
 };
@@ -147,7 +176,11 @@ function isOrdered(line) {
 }
 
 function cells(line) {
-  return line.trim().replace(/^\||\|$/g, "").split("|").map((cell) => cell.trim());
+  return line
+    .trim()
+    .replace(/^\||\|$/g, "")
+    .split("|")
+    .map((cell) => cell.trim());
 }
 
 /** A paragraph that stands alone in a list's item is its text. */
@@ -171,7 +204,8 @@ function marked(match, context) {
   const g = match.groups;
   if (g.escaped !== undefined) return [g.escaped];
   if (g.code !== undefined) return [el("code", {}, g.code)];
-  if (g.cited !== undefined) return idsOf(g.cited).map((id) => context.cite(id) ?? el("span", { class: "missing" }, `[DB ${id}: not given]`));
+  if (g.cited !== undefined)
+    return idsOf(g.cited).map((id) => context.cite(id) ?? el("span", { class: "missing" }, `[DB ${id}: not given]`));
   if (g.address !== undefined) return [...inline(g.label, context), g.address ? ` (${g.address})` : ""];
   if (g.line !== undefined) return [el("br")];
   if (g.gone !== undefined) return [el("s", {}, inline(g.gone, context))];
@@ -182,7 +216,7 @@ function marked(match, context) {
 /** Text without marks, in which names without a source are pointed out. */
 function words(text, context) {
   if (!text || !context.unsourced.length) return text ? [text] : [];
-  const names = context.unsourced.map((name) => name.replace(/[\\^$.*+?()[\]{}|/-]/g, "\\$&"));
+  const names = context.unsourced.map((name) => name.replace(/[\\^$.*+?()[\]{}|]/g, "\\$&"));
   const parts = text.split(new RegExp(`(?<![\\p{L}\\d])(${names.join("|")})(?![\\p{L}\\d])`, "giu"));
   return parts.map((part, i) =>
     i % 2 ? el("mark", { class: "unsourced" }, part, el("span", { class: "visually-hidden" }, " (unsourced)")) : part,

@@ -26,7 +26,12 @@ export function notice(text, live) {
     el(
       "div",
       {},
-      headline && el("strong", { class: "headline" }, headline[1] === "EMERGENCY" ? "Emergency" : headline[1] === "ALLERGY" ? "Allergy" : headline[1]),
+      headline &&
+        el(
+          "strong",
+          { class: "headline" },
+          headline[1] === "EMERGENCY" ? "Emergency" : headline[1] === "ALLERGY" ? "Allergy" : headline[1],
+        ),
       el("p", {}, kind === "emergency" ? callable(body) : body),
       headline?.[2] && el("span", { class: "rule" }, `rule ${headline[2]}`),
     ),
@@ -35,7 +40,9 @@ export function notice(text, live) {
 
 /** The text with its emergency numbers to be tapped. */
 function callable(text) {
-  return text.split(NUMBERS).map((part, i) => (i % 2 ? el("a", { href: `tel:${part.replaceAll("-", "")}` }, part) : part));
+  return text
+    .split(NUMBERS)
+    .map((part, i) => (i % 2 ? el("a", { href: `tel:${part.replaceAll("-", "")}` }, part) : part));
 }
 
 /** Texts line by line, but for rows that stand beside them as cards. */
@@ -47,5 +54,8 @@ export function linesOf(texts, rows) {
 /** The names that lines like "Unsourced, for no cited row holds it: ibuprofen; an X-ray." have. */
 export function unsourcedNames(lines) {
   const lists = lines.map((line) => line.match(/^Unsourced\b[^:]*: *(.+?)\.?$/)?.[1] ?? "");
-  return lists.flatMap((list) => list.split("; ")).filter((name) => name.length > 1 && name.length < 80).slice(0, 60);
+  return lists
+    .flatMap((list) => list.split("; "))
+    .filter((name) => name.length > 1 && name.length < 80)
+    .slice(0, 60);
 }

@@ -9,11 +9,14 @@ const LONGEST = 80; // letters of an entry
 /** The card in a line, "" for an empty one. */
 export function cardLine(card) {
   const parts = [];
-  if (card.age !== undefined) parts.push(card.age < 2 ? `${Math.round(card.age * 12)} months old` : `${card.age} years old`);
+  if (card.age !== undefined)
+    parts.push(card.age < 2 ? `${Math.round(card.age * 12)} months old` : `${card.age} years old`);
   if (card.sex) parts.push(card.sex);
   if (card.pregnancy === false) parts.push("not pregnant");
   else if (card.pregnancy) parts.push(card.pregnancy === true ? "pregnant" : `${card.pregnancy} weeks pregnant`);
-  const lists = LISTS.filter((key) => Array.isArray(card[key]) && card[key].length).map((key) => `${key}: ${card[key].join(", ")}`);
+  const lists = LISTS.filter((key) => Array.isArray(card[key]) && card[key].length).map(
+    (key) => `${key}: ${card[key].join(", ")}`,
+  );
   return plain([parts.join(", "), ...lists].filter(Boolean).join("; "));
 }
 
@@ -74,11 +77,15 @@ function read(form) {
     card.pregnancy = form.pregnancy.value === "yes";
     if (card.pregnancy && weeks) {
       card.pregnancy = Number(weeks);
-      if (!(Number.isInteger(card.pregnancy) && card.pregnancy >= 1 && card.pregnancy <= 45)) errors.weeks = "A whole number, 1 to 45";
+      if (!(Number.isInteger(card.pregnancy) && card.pregnancy >= 1 && card.pregnancy <= 45))
+        errors.weeks = "A whole number, 1 to 45";
     }
   }
   for (const key of LISTS) {
-    const entries = form[key].value.split("\n").map((line) => line.trim()).filter(Boolean);
+    const entries = form[key].value
+      .split("\n")
+      .map((line) => line.trim())
+      .filter(Boolean);
     if (entries.length > MOST) errors[key] = `${entries.length} entries; ${MOST} are the most`;
     if (entries.some((entry) => [...entry].length > LONGEST)) errors[key] = `A line may have ${LONGEST} letters`;
     if (entries.some((entry) => plain(entry) !== entry)) errors[key] = "A line holds a control character";

@@ -2,7 +2,13 @@
 
 import { el, plain } from "./dom.js";
 
-const FIELDS = [["symptoms", "Symptoms"], ["tests", "Tests"], ["medications", "Medications"], ["text", "Text"], ["source", "Source"]];
+const FIELDS = [
+  ["symptoms", "Symptoms"],
+  ["tests", "Tests"],
+  ["medications", "Medications"],
+  ["text", "Text"],
+  ["source", "Source"],
+];
 
 /** "[DB 712]", "[DB 712, 88]" and "[DB 712, DB 88]" (data/grounding.py): how an answer cites. */
 export const CITATION = /\[DB ?(?<cited>\d{1,9}(?:, ?(?:DB ?)?\d{1,9}){0,20})\]/;
@@ -20,7 +26,8 @@ export function idsOf(cited) {
 /** Rows as they may be shown, each with an id of its own. */
 export function usable(rows) {
   const known = new Map();
-  for (const row of rows) if (row && /^\d{1,9}$/.test(String(row.id)) && !known.has(String(row.id))) known.set(String(row.id), row);
+  for (const row of rows)
+    if (row && /^\d{1,9}$/.test(String(row.id)) && !known.has(String(row.id))) known.set(String(row.id), row);
   return known;
 }
 
@@ -34,7 +41,9 @@ export function sources(rows, cited) {
     { class: "sources" },
     el("h3", {}, cited.size ? "Cited from the disease database" : "Looked up in the disease database"),
     of(true),
-    cited.size && others.length ? el("details", { class: "others" }, el("summary", {}, `Looked up, not cited: ${others.length}`), others) : others,
+    cited.size && others.length
+      ? el("details", { class: "others" }, el("summary", {}, `Looked up, not cited: ${others.length}`), others)
+      : others,
   );
   return { section, cards };
 }
@@ -46,7 +55,12 @@ function card(id, row) {
     if (values) list.append(el("dt", {}, title), el("dd", {}, values));
   }
   if (row.url) list.append(el("dt", {}, "Address"), el("dd", {}, address(row.url)));
-  return el("details", { class: "card" }, el("summary", {}, el("span", { class: "id" }, `DB ${id}`), " ", row.name ?? ""), list);
+  return el(
+    "details",
+    { class: "card" },
+    el("summary", {}, el("span", { class: "id" }, `DB ${id}`), " ", row.name ?? ""),
+    list,
+  );
 }
 
 /** A source's address, to be followed knowingly: it is shown whole. What is not of the web is text. */

@@ -23,7 +23,10 @@ function write(name, text) {
     memory.delete(name);
   } catch {
     memory.set(name, text);
-    if (!told) trouble.tell("This browser keeps no more: consultations last until the page is left. Erase old ones to make room.");
+    if (!told)
+      trouble.tell(
+        "This browser keeps no more: consultations last until the page is left. Erase old ones to make room.",
+      );
     told = true;
   }
 }
@@ -68,14 +71,17 @@ export function newTurn(question) {
 
 /** All of them, the latest first. */
 export function consultations() {
-  const found = names().filter((name) => name.startsWith(CONSULTATION)).map((name) => consultation(name.slice(CONSULTATION.length)));
+  const found = names()
+    .filter((name) => name.startsWith(CONSULTATION))
+    .map((name) => consultation(name.slice(CONSULTATION.length)));
   return found.filter((one) => one !== null).sort((a, b) => b.changed - a.changed);
 }
 
 /** The one of that id, null if there is none. What is no consultation is none. */
 export function consultation(id) {
   const value = readJson(CONSULTATION + id);
-  if (!value || !Array.isArray(value.turns) || !value.turns.every((turn) => typeof turn?.question === "string")) return null;
+  if (!value || !Array.isArray(value.turns) || !value.turns.every((turn) => typeof turn?.question === "string"))
+    return null;
   const turns = value.turns.map((turn) => {
     const whole = { ...newTurn(turn.question), ...turn };
     for (const key of ["before", "rows", "after"]) if (!Array.isArray(whole[key])) whole[key] = [];

@@ -19,6 +19,7 @@ export class TurnView {
     this.cards = new Map();
     this.spoken = 0; // letters of the answer that a screen reader has been given
     this.timer = null;
+    this.sourcesShown = this.buttonsShown = ""; // what they were drawn from
     this.question = el("div", { class: "question" });
     this.before = el("div", { class: "notices" });
     this.text = el("div", { class: "text", dir: "auto" });
@@ -32,7 +33,17 @@ export class TurnView {
       { class: "turn" },
       this.question,
       this.before,
-      el("div", { class: "answer" }, el("h2", { class: "visually-hidden" }, "Answer"), this.text, this.status, this.after, this.sources, this.error, this.buttons),
+      el(
+        "div",
+        { class: "answer" },
+        el("h2", { class: "visually-hidden" }, "Answer"),
+        this.text,
+        this.status,
+        this.after,
+        this.sources,
+        this.error,
+        this.buttons,
+      ),
     );
     this.showQuestion();
   }
@@ -54,15 +65,22 @@ export class TurnView {
     this.showText();
     if (live) this.speak(ended);
     const left = turn.leftOut;
-    const forgotten = left ? `The oldest ${left === 1 ? "turn was" : `${left} turns were`} left out: the conversation is longer than the model can read.` : "";
-    this.status.textContent = [forgotten, ENDINGS[turn.end] ?? (ended ? "" : turn.answer ? "" : "Reading …")].filter(Boolean).join(" ");
+    const forgotten = left
+      ? `The oldest ${left === 1 ? "turn was" : `${left} turns were`} left out: the conversation is longer than the model can read.`
+      : "";
+    this.status.textContent = [forgotten, ENDINGS[turn.end] ?? (ended ? "" : turn.answer ? "" : "Reading …")]
+      .filter(Boolean)
+      .join(" ");
     this.showError(last);
     if (ended) this.showSources();
     this.showButtons(ended, last);
   }
 
   showNotices(live) {
-    for (const [place, texts] of [[this.before, this.turn.before], [this.after, this.linesAfter()]]) {
+    for (const [place, texts] of [
+      [this.before, this.turn.before],
+      [this.after, this.linesAfter()],
+    ]) {
       place.append(...texts.slice(place.childNodes.length).map((text) => notice(text, live)));
     }
   }
@@ -78,7 +96,11 @@ export class TurnView {
       const row = rows.get(id);
       if (!row) return null;
       const label = `DB ${id}, ${plain(row.name ?? "")}: open the entry`;
-      return el("button", { type: "button", class: "cite", "aria-label": label, onclick: () => this.openCard(id) }, `DB ${id}`);
+      return el(
+        "button",
+        { type: "button", class: "cite", "aria-label": label, onclick: () => this.openCard(id) },
+        `DB ${id}`,
+      );
     };
     show(this.text, this.turn.answer, { cite, unsourced, version: `${[...rows.keys()]} ${unsourced}` });
   }
@@ -92,11 +114,14 @@ export class TurnView {
   }
 
   showSources() {
-    const cited = citedIn(this.turn.answer);
     const known = usable(this.turn.rows);
-    const shown = sources(this.turn.rows, new Set([...cited].filter((id) => known.has(id))));
-    this.cards = shown.cards;
-    this.sources.replaceChildren(...(known.size ? [shown.section] : []));
+    const cited = new Set([...citedIn(this.turn.answer)].filter((id) => known.has(id)));
+    const state = `${[...known.keys()]} ${[...cited]}`;
+    if (state === this.sourcesShown) return; // cards that are open stay so
+    this.sourcesShown = state;
+    const { section, cards } = sources(this.turn.rows, cited);
+    this.cards = cards;
+    this.sources.replaceChildren(...(known.size ? [section] : []));
   }
 
   openCard(id) {
@@ -129,21 +154,39 @@ export class TurnView {
   showButtons(ended, last) {
     const { turn } = this;
     const rated = turn.rating?.rating;
+    const rateable = ended && turn.answer && this.feedback();
+    const state = JSON.stringify([ended, last, turn.answer === "", turn.trouble, rateable, turn.rating]);
+    if (state === this.buttonsShown) return; // what has the focus keeps it
+    this.buttonsShown = state;
     const wanted = [
       ended && turn.answer && this.button("copy", "Copy answer", () => this.actions.copy(this)),
       ended && last && !turn.trouble && this.button("retry", "Answer anew", () => this.actions.retry(this)),
-      ended && turn.answer && this.feedback() && this.button("good", "Good answer", () => this.actions.rate(this, "good"), rated === "good"),
-      ended && turn.answer && this.feedback() && this.button("bad", "Bad answer", () => this.actions.rate(this, "bad"), rated === "bad"),
+      rateable && this.button("good", "Good answer", () => this.actions.rate(this, "good"), rated === "good"),
+      rateable && this.button("bad", "Bad answer", () => this.actions.rate(this, "bad"), rated === "bad"),
     ].filter(Boolean);
-    const labels = (nodes) => [...nodes].map((node) => `${node.getAttribute("aria-label")} ${node.getAttribute("aria-pressed")}`).join();
-    if (labels(wanted) === labels(this.buttons.querySelectorAll("button"))) return;
-    const focused = this.buttons.contains(document.activeElement) ? document.activeElement.getAttribute("aria-label") : null;
-    this.buttons.replaceChildren(...wanted, ...(turn.rating?.id ? [el("span", { class: "hint" }, `Kept as rating ${turn.rating.id}`)] : []));
+    const focused = this.buttons.contains(document.activeElement)
+      ? document.activeElement.getAttribute("aria-label")
+      : null;
+    this.buttons.replaceChildren(
+      ...wanted,
+      ...(turn.rating?.id ? [el("span", { class: "hint" }, `Kept as rating ${turn.rating.id}`)] : []),
+    );
     wanted.find((button) => button.getAttribute("aria-label") === focused)?.focus();
   }
 
   button(name, label, onclick, pressed) {
-    return el("button", { type: "button", class: "icon", "aria-label": label, title: label, "aria-pressed": pressed === undefined ? null : String(pressed), onclick }, icon(name));
+    return el(
+      "button",
+      {
+        type: "button",
+        class: "icon",
+        "aria-label": label,
+        title: label,
+        "aria-pressed": pressed === undefined ? null : String(pressed),
+        onclick,
+      },
+      icon(name),
+    );
   }
 
   /** The question in a box to be changed; sent(text) takes what it has become. after: turns that will go. */
@@ -166,8 +209,19 @@ export class TurnView {
     });
     this.question.replaceChildren(
       box,
-      el("p", { class: "hint" }, after ? `Sending it removes the ${after === 1 ? "turn" : `${after} turns`} below.` : "Sending it replaces the answer."),
-      el("div", { class: "buttons" }, el("button", { type: "button", class: "primary", onclick: send }, "Send"), el("button", { type: "button", onclick: leave }, "Cancel")),
+      el(
+        "p",
+        { class: "hint" },
+        after
+          ? `Sending it removes the ${after === 1 ? "turn" : `${after} turns`} below.`
+          : "Sending it replaces the answer.",
+      ),
+      el(
+        "div",
+        { class: "buttons" },
+        el("button", { type: "button", class: "primary", onclick: send }, "Send"),
+        el("button", { type: "button", onclick: leave }, "Cancel"),
+      ),
     );
     box.focus();
   }
