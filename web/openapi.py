@@ -61,5 +61,5 @@ def _post(about: str, body: Record, schema: dict[str, Any], stream: bool = False
     operation = _get(about, schema, ("404", "408", "413", "415", "431"))
     operation["requestBody"] = {"required": True, "content": {_JSON: {"schema": body.schema()}}}
     if stream:
-        operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": _TEXT}
+        operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": _object(data=_TEXT)}  # an event
     return operation

@@ -59,7 +59,8 @@ def serve(doctor: Doctor) -> Iterator[Callable[..., Running]]:
         assert not running.thread.is_alive()
 
 
-@pytest.fixture(scope="session")
+# Not for the whole session: while Playwright runs, its thread has an event loop, and no other test may start one.
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
     chromium = shutil.which("chromium")
@@ -94,7 +95,7 @@ def page(browser: Any, server: PageServer) -> Iterator[Any]:
     assert [c for c in complaints if "Failed to load resource" not in c] == []
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def axe(browser: Any) -> str:
     """axe-core's source, fetched once from the npm registry into .cache/."""
     folder = ROOT / ".cache" / f"axe-{AXE}"

@@ -28,8 +28,8 @@ def test_a_consultation(serve: Serve, tab: Any) -> None:
     tab.goto(serve(FakeEngine(("Call ", "now. "), pace=0.02)).url)
     tab.get_by_label("Your question", exact=True).fill(URGENT)
     tab.keyboard.press("Enter")
-    tab.get_by_text("EMERGENCY").first.wait_for()
-    tab.get_by_text("Call now. Call now.").first.wait_for()
+    tab.locator(".turn").get_by_text("Emergency").first.wait_for()
+    tab.locator(".turn").get_by_text("Call now. Call now.").first.wait_for()
     assert complaints == []
 
 
