@@ -188,16 +188,21 @@ class SymptomIndex:
                 scores[id_] += self._idf[symptom] * share**_POWER
         return self._sorted(scores)
 
-    def covered(self, text: Sequence[str], id_: int) -> float:
-        """Of the words by which a text names symptoms, the share that names those of a disease, by weight; 0 to 1."""
+    def covered(self, text: Sequence[str], ids: Sequence[int]) -> list[float]:
+        """Of the words by which a text names symptoms, the shares that name those of these diseases, by weight."""
         words: set[str] = set()
-        own: set[str] = set()
+        own: list[set[str]] = [set() for _ in ids]
         for number, (stems, _) in self._named(text).items():
             words |= stems
-            if id_ in self._owners[self._phrases[number][1]]:
-                own |= stems
-        total = sum(self._word.get(s, self.rarest) for s in sorted(words))
-        return sum(self._word.get(s, self.rarest) for s in sorted(own)) / total if total else 0.0
+            owners = self._owners[self._phrases[number][1]]
+            for id_, mine in zip(ids, own, strict=True):
+                if id_ in owners:
+                    mine |= stems
+        total = self._total(words)
+        return [self._total(mine) / total if total else 0.0 for mine in own]
+
+    def _total(self, stems: set[str]) -> float:
+        return sum(self._word.get(s, self.rarest) for s in sorted(stems))
 
     def _named(self, text: Sequence[str]) -> dict[int, tuple[set[str], float]]:
         """The phrases that a text holds at least half of: its words that are in them, and their share of the phrase."""
