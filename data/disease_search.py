@@ -180,7 +180,7 @@ class SymptomIndex:
             for id_, score in self._bm25.get(stem, ()):
                 scores[id_] += score
         said: dict[int, float] = {}
-        for number, (_, share) in self._named(text).items():
+        for number, share in self._named(text).items():
             symptom = self._phrases[number][1]
             said[symptom] = max(said.get(symptom, 0.0), share)
         for symptom, share in said.items():
@@ -188,25 +188,31 @@ class SymptomIndex:
                 scores[id_] += self._idf[symptom] * share**_POWER
         return self._sorted(scores)
 
-    def covered(self, text: Sequence[str], id_: int) -> float:
-        """Of the words by which a text names symptoms, the share that names those of a disease, by weight; 0 to 1."""
+    def covered(self, text: Sequence[str], ids: Sequence[int]) -> list[float]:
+        """Of the words by which a text names symptoms, the shares that name those of these diseases, by weight."""
         words: set[str] = set()
-        own: set[str] = set()
-        for number, (stems, _) in self._named(text).items():
+        own: list[set[str]] = [set() for _ in ids]
+        said = set(text)
+        for number in self._named(text):
+            phrase, symptom = self._phrases[number]
+            stems, owners = phrase & said, self._owners[symptom]
             words |= stems
-            if id_ in self._owners[self._phrases[number][1]]:
-                own |= stems
-        total = sum(self._word.get(s, self.rarest) for s in sorted(words))
-        return sum(self._word.get(s, self.rarest) for s in sorted(own)) / total if total else 0.0
+            for id_, mine in zip(ids, own, strict=True):
+                if id_ in owners:
+                    mine |= stems
+        total = self._total(words)
+        return [self._total(mine) / total if total else 0.0 for mine in own]
 
-    def _named(self, text: Sequence[str]) -> dict[int, tuple[set[str], float]]:
-        """The phrases that a text holds at least half of: its words that are in them, and their share of the phrase."""
-        found: dict[int, tuple[set[str], float]] = {}
+    def _total(self, stems: set[str]) -> float:
+        return sum(self._word.get(s, self.rarest) for s in sorted(stems))
+
+    def _named(self, text: Sequence[str]) -> dict[int, float]:
+        """The phrases that a text holds at least half of, with the share of each that is there."""
+        shares: dict[int, float] = defaultdict(float)
         for stem in sorted(set(text)):
             for number, share in self._by_word.get(stem, ()):
-                stems, before = found.get(number, (set(), 0.0))
-                found[number] = (stems | {stem}, before + share)
-        return {number: named for number, named in found.items() if named[1] >= _LEAST}
+                shares[number] += share
+        return {number: share for number, share in shares.items() if share >= _LEAST}
 
     def _sorted(self, scores: Mapping[int, float]) -> list[tuple[int, float]]:
         """Best first; of equals the one with fewer symptoms, which these few are more likely to come from."""

@@ -240,9 +240,9 @@ class Database:
             return self._passages(text, limit)
         words = self.clinical(text)
         hits = self._hits(self._index.rank(words), limit, quarantined)
-        return [
-            Hit(h.entry, h.score, h.score / self._index.rarest, self._index.covered(words, h.entry.id)) for h in hits
-        ]
+        covered = self._index.covered(words, [h.entry.id for h in hits])
+        rarest = self._index.rarest
+        return [Hit(h.entry, h.score, h.score / rarest, c) for h, c in zip(hits, covered, strict=True)]
 
     def by_symptoms(self, names: Iterable[str], limit: int = 5, quarantined: bool = False) -> list[Hit]:
         """The diseases that have these symptoms, by their names in the lexicon; unknown names count for nothing."""
