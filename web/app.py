@@ -15,6 +15,7 @@ from typing import Any
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from llama.terminal import DISCLAIMER
 from web import requests
 from web.answering import answer
 from web.fields import parse
@@ -31,7 +32,6 @@ MEDIA = {
     ".css": "text/css; charset=utf-8",
     ".svg": "image/svg+xml",
 }
-DISCLAIMER = "For research only. Not medical advice: do not use it to decide about anyone's health."
 Endpoint = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
@@ -147,9 +147,9 @@ class _Routes:
         doctor, _ = self._service.answering()
         about = {
             "model": self._service.name,
-            "description": doctor.describe(),
+            "description": doctor.describe().removeprefix(f"{doctor.name}: "),  # its name may be a path
             "context": doctor.model.config.max_seq_len,
-            "disclaimer": DISCLAIMER,
+            "disclaimer": " ".join(DISCLAIMER.split()),
             "diseases": self._service.grounding is not None,
             "feedback": self._service.feedback is not None,
         }
