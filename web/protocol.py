@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import http
 import json
+import socket
 
 import h11
 import uvicorn
@@ -35,6 +36,8 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        # asyncio does so for sockets that name TCP as their protocol, which accepted ones do not: 40 ms a response.
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if len(self.connections) > self.config.limits.connections:
             self._refuse(Refusal(503, "too many connections", code="too_many_connections", retry_after=5))
         else:

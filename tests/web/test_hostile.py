@@ -371,3 +371,16 @@ def test_every_response_has_the_headers_that_protect_a_browser(serve: Serve) -> 
         assert response.headers["content-security-policy"].startswith("default-src 'none'")
         assert "server" not in response.headers
         assert response.headers["x-request-id"]
+
+
+def test_a_response_waits_for_no_acknowledgement(serve: Serve) -> None:
+    """Head and body are two writes: with Nagle's algorithm the second waits 40 ms for the first to be acknowledged."""
+    running = serve()
+    times = []
+    with running.connect() as s:
+        for _ in range(20):
+            began = time.perf_counter()
+            s.sendall(head("/healthz", method="GET"))
+            assert receive(s)[0] == 200
+            times.append(time.perf_counter() - began)
+    assert sorted(times)[10] < 0.03
