@@ -305,9 +305,10 @@ def _notices(
     doctor: Doctor, dialogue: Dialogue | None, before: list[str], after: list[str], answer: Answer
 ) -> dict[str, Any]:
     """The fields of an answer for what attendants said, where there are attendants."""
-    if not doctor.attendants or dialogue is None:
+    if dialogue is None:
         return {}
-    return {"before": before, "after": after, **doctor.fields(dialogue, answer.text)}
+    fields = doctor.fields(dialogue, answer.text)  # asked on every rank, also where only rank 0 has attendants
+    return {"before": before, "after": after, **fields} if doctor.attendants else {}
 
 
 def _line(value: Any) -> str:

@@ -52,7 +52,10 @@ def settings(path: Path, flags: Mapping[str, Any]) -> tuple[SamplingParams, int]
     except ValueError as e:
         raise ValueError(f"{path}/generation_config.json: {e}") from None
     defaults = {k: v for k, v in checkpoint.SAMPLING.items() if k in SETTINGS}
-    values = {**defaults, **stored, **{k: flags[k] for k in SETTINGS if flags.get(k) is not None}}
+    copying = (
+        {"temperature": 0.0, "repetition_penalty": 1.0} if flags.get("diseases") else {}
+    )  # citations are not drawn
+    values = {**defaults, **stored, **copying, **{k: flags[k] for k in SETTINGS if flags.get(k) is not None}}
     max_new_tokens = values.pop("max_new_tokens")
     return SamplingParams(**values, seed=flags.get("seed")), max_new_tokens
 

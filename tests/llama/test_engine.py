@@ -307,6 +307,7 @@ def test_what_is_not_the_requests_fault_makes_the_engine_unhealthy(
 
 def test_a_soak_with_random_cancels_ends_with_every_row_free(doctor: Doctor) -> None:
     """Four threads that submit, cancel and give up on what they hear; chats that go on."""
+    others = {id(o) for o in gc.get_objects() if type(o) is Answer}  # of other tests in this process
     engine = Engine(doctor, rows=5, queue=8, cached_chats=7, cached_bytes=400_000, budget=64)
     ends: list[bool] = []
 
@@ -351,4 +352,4 @@ def test_a_soak_with_random_cancels_ends_with_every_row_free(doctor: Doctor) -> 
     assert stats.cached_bytes <= 400_000
     engine.close(0)
     gc.collect()
-    assert not [o for o in gc.get_objects() if type(o) is Answer]
+    assert not [o for o in gc.get_objects() if type(o) is Answer and id(o) not in others]

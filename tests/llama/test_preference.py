@@ -93,7 +93,7 @@ def test_gradient_is_that_of_the_formula_from_all_logits(choices: Preference) ->
     want = torch.zeros((), dtype=torch.float64)
     for i in range(len(data)):
         ratios = []
-        for (ids, mask), reference in zip(data.evaluation.parts(i), data.reference[i], strict=True):
+        for (ids, mask), reference in zip(data.parts(i), data.reference[i], strict=True):
             tokens = torch.from_numpy(ids)[None]
             each = policy(tokens)[0, :-1].double().log_softmax(1).gather(1, tokens[0, 1:, None]).squeeze(1)
             answer = each[torch.from_numpy(mask[1:])]
