@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama.command_line import LATEST, Parser
+from llama.command_line import LATEST, Parser, checkpoint_at
 
 if TYPE_CHECKING:  # torch takes seconds to import: --help and wrong flags must not wait for it
     from data.evaluation.parts import Part
@@ -74,7 +74,7 @@ def run(argv: list[str]) -> int:
 
     earlier = None if args.against is None else _results_in(Path(args.against))
     names, by_name = suite.asked_for(args.suite)
-    path = _checkpoint(args.checkpoint)
+    path = checkpoint_at(args.checkpoint)
     out = _folder(Path(args.out))
     trained_on = _trained_on(args, path)
     fingerprint = fingerprint_of(path)
@@ -173,11 +173,7 @@ def _load(args: argparse.Namespace, path: Path) -> tuple[Examinee, dict[str, Any
     from llama import checkpoint, placement
     from llama.examinee import Examinee
 
-    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise ValueError(f"--device {device} is not to be had here ({str(e).splitlines()[0]}); try cpu") from None
+    device = placement.found(args.device)
     tokenizer, chat_format = checkpoint.load_tokenizer(path), checkpoint.load_chat_format(path)
     model = placement.on_device(path, device, args.dtype and getattr(torch, args.dtype), args.kernels, None, None)
     scheme = checkpoint.load_scheme(path)
@@ -215,21 +211,6 @@ def _throughput(examinee: Examinee, material: Material, device: str) -> dict[str
 
 
 # --- what is given --------------------------------------------------------------------------------
-
-
-def _checkpoint(given: str | None) -> Path:
-    if given is not None:
-        path = Path(given)
-        if not path.exists():
-            raise ValueError(f"--checkpoint {path}: no such directory")
-        return path
-    try:
-        path = Path(LATEST.read_text().strip())
-    except (OSError, UnicodeDecodeError):
-        path = None
-    if path is None or not path.exists():
-        raise ValueError(f"no model yet ({LATEST} names none): train one with `python train.py`, or give --checkpoint")
-    return path
 
 
 def _existing(given: str | None, flag: str) -> Path | None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama.chat import Dialogue, Message
-from llama.command_line import LATEST, Parser
+from llama.command_line import LATEST, Parser, latest
 from llama.screen import Screen, show
 
 if TYPE_CHECKING:  # torch takes seconds to import: --help and wrong flags must not wait for it
@@ -166,7 +166,7 @@ def load(args: argparse.Namespace) -> Doctor:
         if other := lora_files.other_base(adapter, path):
             print(f"warning: {adapter} was made for {other}, whose weights are not those of {path}", file=sys.stderr)
     elif args.checkpoint is None:
-        path = placement.latest()
+        path = latest()
 
     params, max_new_tokens = placement.settings(path, vars(args))
     import torch
@@ -294,7 +294,7 @@ def answer_one(doctor: Doctor, args: argparse.Namespace) -> None:
         asked = dialogue if answer.finish_reason or doctor.ranks == 1 else None
         after = doctor.after(asked, answer.text) if asked else []
         if args.json:
-            print(_line({**_notices(doctor, dialogue, before, after, answer), **answer.to_json()}), flush=True)
+            print(_line({**_notices(doctor, asked, before, after, answer), **answer.to_json()}), flush=True)
         else:
             screen.end()
             for said in after:
@@ -305,9 +305,8 @@ def _notices(
     doctor: Doctor, dialogue: Dialogue | None, before: list[str], after: list[str], answer: Answer
 ) -> dict[str, Any]:
     """The fields of an answer for what attendants said, where there are attendants."""
-    if dialogue is None:
-        return {}
-    fields = doctor.fields(dialogue, answer.text)  # asked on every rank, also where only rank 0 has attendants
+    # Asked on every rank, also where only rank 0 has attendants; on none that another may not come to any more.
+    fields = doctor.fields(dialogue, answer.text) if dialogue else {}
     return {"before": before, "after": after, **fields} if doctor.attendants else {}
 
 

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llama.command_line import LATEST, Parser
+from llama.command_line import LATEST, Parser, checkpoint_at
 
 if TYPE_CHECKING:  # torch takes seconds to import: --help and wrong flags must not wait for it
     from llama.engine import Engine
@@ -91,7 +91,7 @@ def run(argv: list[str]) -> int:
         raise ValueError(
             f"--host {args.host} is open to other machines: give the server a key, in {KEY} or --api_key_file FILE"
         )
-    path = _checkpoint(args.checkpoint)
+    path = checkpoint_at(args.checkpoint)
     try:
         from web.server import Server, listen
     except ModuleNotFoundError as e:
@@ -156,16 +156,6 @@ def _load(args: argparse.Namespace, path: Path, service: Service) -> tuple[Docto
         service.grounding = grounding.beside(database, doctor.tokenizer, doctor.chat_format, doctor.place(), cards=True)
     print(doctor.describe(), file=sys.stderr, flush=True)
     return doctor, Engine(doctor, args.rows, args.queue)
-
-
-def _checkpoint(given: str | None) -> Path:
-    if given is None:
-        from llama.placement import latest
-
-        return latest()
-    if not Path(given).exists():
-        raise ValueError(f"--checkpoint {given}: no such directory or file")
-    return Path(given)
 
 
 def _key(file: str | None) -> str | None:

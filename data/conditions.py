@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from data.reviewable import numbered_lines
+
 SAMPLE = Path(__file__).parent / "sample"
 URGENCIES = ("emergency", "urgent", "routine")
 MIN_SYMPTOMS, MAX_SYMPTOMS = 6, 9
@@ -173,11 +175,7 @@ def _condition(
 
 def _lines(path: str | Path) -> list[tuple[int, str]]:
     """(line number, stripped line) without the comment lines."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path}: cannot read the table ({getattr(e, 'strerror', None) or 'not UTF-8'})") from None
-    numbered = ((i, line.strip()) for i, line in enumerate(text.splitlines(), 1))
+    numbered = ((i, line.strip()) for i, line in numbered_lines(path, "the table"))
     return [(i, line) for i, line in numbered if not line.startswith("#")]
 
 
@@ -209,6 +207,11 @@ Rank = list[tuple[Condition, float]]
 def words_of(text: str) -> list[str]:
     """The lower-case words of a text."""
     return _WORD.findall(text.lower().replace("\u2019", "'"))
+
+
+def singular(word: str) -> str:
+    """A lower-case word without the s of a plural."""
+    return word[:-1] if len(word) > 3 and word.endswith("s") and word[-2] not in "sui" else word
 
 
 def rank_by_symptoms(table: Table) -> Callable[[Iterable[str]], Rank]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from data.disease_sources import DISEASE, Row, Source
+from data.reviewable import numbered_lines
 
 NOT_MEDICATIONS = Path(__file__).parent / "lexicon" / "not_medications.txt"
 
@@ -162,8 +163,8 @@ def _check_text(result: Checked, texts: Counter[str]) -> None:
 def read_reasons(path: Path) -> dict[str, str]:
     """A file of `name: why` lines, by name in lower case."""
     reasons = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip() and not line.startswith("#"):
+    for number, line in numbered_lines(path):
+        if line.strip():
             name, colon, why = line.partition(": ")
             if not colon or not name.strip() or not why.strip():
                 raise ValueError(f"{path}:{number}: {line!r} is not `name: why`")

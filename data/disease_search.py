@@ -13,6 +13,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from data.reviewable import numbered_lines
+
 MAX_WORDS, MAX_CHARS = 400, 20_000  # of a text that are looked at, from its beginning
 MAX_LETTERS = 64  # of a word: no term is as long, and FTS5 cuts the longest in mid-character
 
@@ -78,15 +80,14 @@ class Words:
 
 
 def _read_words(path: Path) -> frozenset[str]:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return frozenset(word for line in lines if not line.startswith("#") for word in line.split())
+    return frozenset(word for _, line in numbered_lines(path) for word in line.split())
 
 
 def read_lay_terms(path: Path) -> dict[str, tuple[str, ...]]:
     """A file of `term: lay; lay` lines, by term."""
     terms: dict[str, tuple[str, ...]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip() and not line.startswith("#"):
+    for number, line in numbered_lines(path):
+        if line.strip():
             term, _, rest = line.partition(":")
             lay = tuple(x.strip() for x in rest.split(";"))
             if not term.strip() or not all(lay) or term in terms:

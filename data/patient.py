@@ -18,6 +18,7 @@ from typing import Any
 
 from data.mentions import Finder, phrase, plain
 from data.person import Person
+from data.reviewable import numbered_lines
 from llama.attendant import Attendant, Command
 from llama.chat import Dialogue, Message
 
@@ -266,8 +267,8 @@ def _drugs(allergy: str) -> tuple[str, ...]:
 def classes(path: Path = ALLERGIES) -> tuple[tuple[frozenset[str], tuple[str, ...]], ...]:
     """(names of an allergy, drugs) of the lines of allergies.txt. ValueError names file and line."""
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip() or line.startswith("#"):
+    for number, line in numbered_lines(path):
+        if not line.strip():
             continue
         names, colon, drugs = line.partition(":")
         parts = tuple(d.strip() for d in drugs.split(";"))

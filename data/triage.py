@@ -15,6 +15,7 @@ from pathlib import Path
 
 from data.mentions import Finder, Phrase, phrase
 from data.person import Person, person_of
+from data.reviewable import numbered_lines
 from llama.attendant import Attendant
 from llama.chat import Dialogue
 
@@ -193,8 +194,4 @@ def _weeks(text: str) -> int:
 
 def _lines(path: Path) -> list[tuple[int, str]]:
     """(line number, stripped line) without the comment lines."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path}: cannot read it ({getattr(e, 'strerror', None) or 'not UTF-8'})") from None
-    return [(i, line.strip()) for i, line in enumerate(text.splitlines(), 1) if not line.startswith("#")]
+    return [(i, line.strip()) for i, line in numbered_lines(path)]

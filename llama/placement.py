@@ -15,7 +15,6 @@ import torch
 
 import kernels
 from llama import checkpoint
-from llama.command_line import LATEST
 from llama.generation import lay_out_for_decoding
 from llama.model import Llama
 from llama.offload import free_memory, offload, travellers
@@ -27,18 +26,6 @@ POSITIONS, MARGIN = 2048, 512 << 20
 SMALLER = "`python convert_weights.py {} SMALLER --dtype int4` makes a model of about a quarter of 16 bits' size"
 Offload = int | Literal["auto"] | None  # how many blocks travel; "auto": as few as must; None: none may
 SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
-
-
-def latest() -> Path:
-    """The model that train.py finished last. ValueError, with the remedy, if there is none."""
-    remedy = "train one with `python train.py` or `make demo`, or name one with --checkpoint DIR"
-    try:
-        path = Path(LATEST.read_text().strip())
-    except (OSError, UnicodeDecodeError):
-        raise ValueError(f"no model yet ({LATEST} is not there): {remedy}") from None
-    if not path.is_dir():
-        raise ValueError(f"{LATEST} names {path}, which is not there any more: {remedy}")
-    return path
 
 
 def settings(path: Path, flags: Mapping[str, Any]) -> tuple[SamplingParams, int]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from data.asking.client import Reply
 from data.asking.prompts import EMERGENCY, FORM, MANNERS, RULES, SYSTEM, TASKS, Request
+from data.conditions import singular
 from data.diseases import Entry
 
 NEAR = 0.7  # ROUGE-L from which two dialogues are near duplicates, as in self-instruct
@@ -103,11 +104,7 @@ def _leaks(text: str) -> bool:
 
 def words_of(text: str) -> Words:
     """Lower-case words, plural endings off, so that "X-rays" is "x-ray"."""
-    return tuple(_singular(w) for w in _WORD.findall(text.lower()))
-
-
-def _singular(word: str) -> str:
-    return word[:-1] if len(word) > 3 and word.endswith("s") and word[-2] not in "sui" else word
+    return tuple(singular(w) for w in _WORD.findall(text.lower()))
 
 
 # --- against the row ------------------------------------------------------------------------------

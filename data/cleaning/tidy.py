@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 
 from data.cleaning.rewrite import WORD_LISTS, Rule
+from data.reviewable import numbered_lines
 
 # --- typography -----------------------------------------------------------------------------------
 
@@ -66,8 +67,8 @@ _LINE = re.compile(r"(\w+) \[(.+?)\]: (.+)")
 
 def _load() -> tuple[Rule, ...]:
     rules, site = [], ""
-    for number, line in enumerate((WORD_LISTS / "boilerplate.txt").read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip() or line.startswith("#"):
+    for number, line in numbered_lines(WORD_LISTS / "boilerplate.txt"):
+        if not line.strip():
             continue
         if line.startswith("site: "):
             site = line.removeprefix("site: ")

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from data.conditions import singular
+
 KINDS = ("diseases", "symptoms", "tests", "medications")
 _WORD = re.compile(r"[a-z0-9]+(?:['-][a-z0-9]+)*")
 _ARTICLES = {"a", "an", "the"}
@@ -47,10 +49,4 @@ class Lexicon:
 def _words(text: str) -> tuple[str, ...]:
     """Lower-case words, plurals as singulars, articles left out."""
     words = _WORD.findall(text.lower().replace("\u2019", "'"))
-    return tuple(_singular(w) for w in words if w not in _ARTICLES)
-
-
-def _singular(word: str) -> str:
-    if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "is", "us")):
-        return word[:-1]
-    return word
+    return tuple(singular(w) for w in words if w not in _ARTICLES)
