@@ -7,6 +7,7 @@ import re
 import shlex
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ import convert_weights
 import evaluate
 import generate
 import serve
+import train
 from data import prepare
 from data.conditions import load_table
 from data.evaluation.suite import PARTS
@@ -59,6 +61,14 @@ def test_commands_parse(command: str) -> None:
         serve.parse(flags)
     else:
         convert_weights.parse(flags)
+
+
+@pytest.mark.parametrize("module", [convert_weights, evaluate, generate, serve, train])
+def test_every_command_explains_itself(module: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        module.main(["--help"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: ")
 
 
 def test_presets_are_trained_at_a_rate_that_learns() -> None:
