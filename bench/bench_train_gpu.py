@@ -228,6 +228,7 @@ def measure(line: Line, device: torch.device) -> dict[str, Any]:
             return _measure(config, line, rows, device)
         except torch.OutOfMemoryError:
             failed = f"out of memory with {rows} rows"
+        parallel.shutdown()  # the next try joins a process group of its own
         gc.collect()
         torch.cuda.empty_cache()
     return {"failed": failed}
