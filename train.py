@@ -131,13 +131,16 @@ def train_step(run: Run, step: loader.Step, rate: float, stopping: bool) -> Step
     NonFinite on every rank, before any weight has changed, if the loss or the gradient is not a number.
     """
     sums = torch.zeros(2 + len(run.reports), dtype=torch.float64)  # loss, ranks that were asked to stop, reports
-    suspect = None
+    totals = []
     for i, batch in enumerate(step.micro_batches):
         parallel.sync_gradients(run.model, i == len(step.micro_batches) - 1)
-        loss, totals = forward(run, batch)
+        loss, found = forward(run, batch)
         # FSDP averages gradients over ranks; times world.size, the result is the sum over the global batch.
         (loss * (run.world.size / step.divisor)).backward()
-        sums += totals
+        totals.append(found)
+    suspect = None
+    for batch, found in zip(step.micro_batches, totals, strict=True):  # not before: the first look waits for the device
+        sums += found.cpu()
         if suspect is None and not math.isfinite(sums[0]):
             suspect = batch
     sums[1] = float(stopping)
@@ -154,11 +157,11 @@ def train_step(run: Run, step: loader.Step, rate: float, stopping: bool) -> Step
 
 
 def forward(run: Run, batch: loader.Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """What backward starts from, and sums to report: the loss, how many it is of, and run.reports."""
+    """What backward starts from, and sums to report, fp64: the loss, how many it is of, and run.reports."""
     inputs = model_inputs(batch, run.world)
     if not run.args.pairs:
         loss, count = run.model(*inputs)
-        return loss, torch.stack([loss.detach().double(), count.double()]).cpu()
+        return loss, torch.stack([loss.detach().double(), count.double()])
     choices = preference.Preference(run.args.loss_type, run.args.beta, run.args.label_smoothing)
     pair_loss = preference.PairLoss(choices, batch.pairs)
     weighted, _ = run.model(*inputs, weigh=pair_loss)  # not the loss, but with its gradient
@@ -193,7 +196,7 @@ def evaluate(run: Run) -> dict[str, float]:
     run.model.eval()
     sums = torch.zeros(2 + len(run.reports), dtype=torch.float64)
     for batch in run.batches.eval_batches():
-        sums += forward(run, batch)[1]
+        sums += forward(run, batch)[1].cpu()
     run.model.train()
     parallel.reshard(run.model)
     parallel.all_reduce(sums)

@@ -226,8 +226,11 @@ def measure(line: Line, device: torch.device) -> dict[str, Any]:
     for rows in line.rows:
         try:
             return _measure(config, line, rows, device)
-        except torch.OutOfMemoryError:
+        except RuntimeError as e:
+            if not planner.is_out_of_memory(e):
+                raise
             failed = f"out of memory with {rows} rows"
+        parallel.shutdown()  # the next try joins a process group of its own
         gc.collect()
         torch.cuda.empty_cache()
     return {"failed": failed}

@@ -15,6 +15,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
+
 from llama.batching import ROWS, Batch, Event
 from llama.generation import CHUNK, Answer, Doctor, Request, room_for
 from llama.prefixes import Prefixes
@@ -225,6 +227,9 @@ class Engine:
 
     def _run(self) -> None:
         try:
+            device = self._doctor.model.embed.weight.device
+            if device.type == "cuda":
+                torch.cuda.set_device(device)  # threads start on device 0, and Triton launches on the current one
             while self._take_in():
                 for event in self._batch.step():
                     self._happened(event)

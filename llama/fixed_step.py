@@ -40,6 +40,8 @@ class FixedStep:
         self._check_room()
         self._model, self._fixed = model, FixedCache(cache)
         self._tokens = torch.zeros(cache.batch, 1, dtype=torch.int64, device=self._fixed.place.device)
+        # A graph reads the tables where they lay at its capture, and the model makes others for a longer context.
+        self._rotation = model.rotation(cache.max_len, self._tokens.device)
         self._logits: Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._run = torch.compile(self._plain, dynamic=False) if compiled else self._plain

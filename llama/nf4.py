@@ -11,6 +11,7 @@ not Llama. The packed weight does not train, and is not sharded: every rank hold
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -42,6 +43,14 @@ LEVELS = (
     0.7229568362236023,
     1.0,
 )
+
+
+@functools.cache
+def _pairs(device: torch.device) -> Tensor:
+    """(256, 2) fp32: what each byte stands for. Kept, as a copy to a GPU waits for all that it still has to do."""
+    with torch.inference_mode(False):
+        levels = torch.tensor(LEVELS, device=device)
+        return torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1)
 
 
 class Packed(NamedTuple):
@@ -100,8 +109,7 @@ def quantise(weight: Tensor, double: bool = True) -> Packed:
 def dequantise(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     """The numbers (n,), computed in fp32 and rounded once to dtype, CHUNK at a time."""
     codes, scales, steps, mean = packed
-    levels = torch.tensor(LEVELS, device=codes.device)
-    pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1)  # (256, 2): what each byte stands for
+    pairs = _pairs(codes.device)
     out = torch.empty(2 * len(codes), dtype=dtype, device=codes.device)
     for at in range(0, len(out), CHUNK):
         part = scales[at // BLOCK : (at + CHUNK) // BLOCK].float()

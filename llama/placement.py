@@ -48,13 +48,18 @@ def settings(path: Path, flags: Mapping[str, Any]) -> tuple[SamplingParams, int]
 
 
 def found(device: str) -> str:
-    """The device of that name; auto: a GPU where there is one. ValueError if it is not to be had."""
+    """The device of that name; auto: a GPU where there is one. ValueError if it is not to be had.
+
+    A GPU with a number becomes this thread's current one: there Triton launches, and there graphs are captured.
+    """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise ValueError(f"--device {device} is not to be had here ({str(e).splitlines()[0]}); try cpu") from None
+    if torch.device(device).type == "cuda" and torch.device(device).index is not None:
+        torch.cuda.set_device(device)
     return device
 
 

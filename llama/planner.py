@@ -357,8 +357,11 @@ def advice(c: LlamaConfig, args: TrainArguments, world: int, memory: float | Non
 
 
 def is_out_of_memory(e: BaseException) -> bool:
-    """Whether an error is Python's, CUDA's (a RuntimeError of its own) or torch's CPU allocator's lack of memory."""
-    return isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(e)
+    """Whether an error is lack of memory: Python's, torch's for a GPU, the driver's ("CUDA error: out of memory", and
+    Triton's, where a kernel has no room to be loaded), cuBLAS's, or torch's CPU allocator's."""
+    if isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError":
+        return True
+    return any(s in str(e) for s in ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED"))
 
 
 def first_line(e: BaseException) -> str:

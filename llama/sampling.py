@@ -119,6 +119,8 @@ class Sampler:
         """One entry of params and prompts per row. Ids in `banned` and ids from `vocab_size` on are never chosen."""
         self.vocab_size = vocab_size
         self._device = device
+        # Where to look for the tokens seen would wait for the device, and where to touch all tokens is no work.
+        self._everywhere = torch.device(device).type == "cuda"
         self._banned = torch.tensor(sorted(set(banned)), dtype=torch.int64, device=device) if banned else None
         self._rows: list[SamplingParams] = []
         self._generators: list[torch.Generator] = []
@@ -233,10 +235,14 @@ class Sampler:
         if self._penalty is not None:
             if self._seen is None:
                 self._seen = self._seen_at_first(self._punished, x)
-            # Few tokens have been seen: (32, 32000) takes 0.8 ms so, and 8 by torch.where over all (a core of an EPYC).
-            rows, ids = self._seen.nonzero(as_tuple=True)
-            seen, penalty = x[rows, ids], self._penalty[rows, 0]
-            x = x.index_put((rows, ids), torch.where(seen < 0, seen * penalty, seen / penalty))
+            if self._everywhere:
+                punished = torch.where(x < 0, x * self._penalty, x / self._penalty)
+                x = torch.where(self._seen, punished, x)
+            else:
+                # Few tokens have been seen: (32, 32000) takes 0.8 ms so, and 8 the other way (a core of an EPYC).
+                rows, ids = self._seen.nonzero(as_tuple=True)
+                seen, penalty = x[rows, ids], self._penalty[rows, 0]
+                x = x.index_put((rows, ids), torch.where(seen < 0, seen * penalty, seen / penalty))
         if self._presence is not None or self._frequency is not None:
             if self._counts is None:
                 self._counts = torch.zeros_like(x)

@@ -159,7 +159,14 @@ class _Save:
         self.tensors = {k: t.clone() if t.device.type == "cpu" else t.to("cpu") for k, t in self.tensors.items()}
 
     def start(self, group: dist.ProcessGroup | None) -> None:
-        self.thread = threading.Thread(target=self.write, args=(group,), daemon=True)
+        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+        def work() -> None:
+            if device is not None:  # threads start on device 0, and torch's writer waits for the current one
+                torch.cuda.set_device(device)
+            self.write(group)
+
+        self.thread = threading.Thread(target=work, daemon=True)
         self.thread.start()
 
     def write(self, group: dist.ProcessGroup | None) -> None:

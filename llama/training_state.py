@@ -146,7 +146,8 @@ _METADATA = {
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
     ("pathlib", "PosixPath"),
-    *(("torch", name) for name in ("float32", "float16", "bfloat16", "float64", "uint8", "int32", "int64", "bool")),
+    *(("torch", name) for name in ("float32", "float16", "bfloat16", "float64", "uint8")),
+    *(("torch", name) for name in ("int16", "int32", "int64", "bool")),
 }
 
 

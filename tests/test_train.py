@@ -448,6 +448,18 @@ def test_killed_run_resumes_bit_for_bit(flags: list[str], tmp_path: Path, ranks:
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("optim", ["adamw_split", "adamw_split_bf16"])
+def test_split_weights_resume_bit_for_bit(flags: list[str], optim: str) -> None:
+    flags = [*flags, "--bf16", "True", "--optim", optim, "--save_strategy", "steps", "--save_steps", "3"]
+    assert train.main([*flags, "--max_steps", "6", "--output_dir", "alone"]) == 0
+    assert train.main([*flags, "--max_steps", "6"]) == 0
+    shutil.rmtree("out/checkpoint-6")
+    assert train.main([*flags, "--max_steps", "6", "--resume_from_checkpoint", "auto"]) == 0
+    assert losses(Path("out"))[-3:] == losses(Path("alone"))[-3:]
+    a, b = checkpoint.load_model(Path("out")), checkpoint.load_model(Path("alone"))
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
 def test_kill_in_the_middle_of_a_save_loses_only_that_save(flags: list[str], tmp_path: Path) -> None:
     flags = [*flags, "--max_steps", "30", "--save_strategy", "steps", "--save_steps", "4"]
     process = launch(flags, tmp_path)
@@ -1087,10 +1099,12 @@ def test_pairs_are_those_that_attention_sees(start: Path, dialogues: Path, packi
     "error",
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1 GiB"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         MemoryError(),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"),
     ],
-    ids=["cuda", "python", "torch on a CPU"],
+    ids=["cuda", "triton", "cublas", "python", "torch on a CPU"],
 )
 def test_lack_of_memory_ends_with_advice(
     flags: list[str], error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 
 from bench import bench_train_gpu as bench
 from bench import lines
+from llama import parallel
 from llama.chat import IGNORE
-from llama.config import PRESETS
+from llama.config import PRESETS, LlamaConfig
 
 CPU = torch.device("cpu")
 PACKED, PADDED = (next(line for line in bench.TINY if line.content == c) for c in ("packed", "padded"))
@@ -65,6 +67,28 @@ def test_tiny_lines_are_measured_from_end_to_end(tmp_path: Path, capsys: pytest.
     for name, line in found.items():
         assert line["real_tokens_per_s"] > 0, (name, line)
     assert "tiny adamw_split, packed" in capsys.readouterr().out
+
+
+def test_what_does_not_fit_is_tried_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process group of its own, where the first try has joined one."""
+    line = replace(next(line for line in bench.TINY if line.adapters), rows=(2, 1))
+    ours, tried = bench.ours, []
+
+    def short(config: LlamaConfig, line: bench.Line, device: torch.device) -> bench.Step:
+        step = ours(config, line, device)
+        tried.append(torch.distributed.is_initialized())
+        if len(tried) == 1:
+            raise torch.OutOfMemoryError
+        return step
+
+    monkeypatch.setattr(bench, "ours", short)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    try:
+        found = bench.measure(line, CPU)
+    finally:
+        parallel.shutdown()
+    assert tried == [True, True]
+    assert found["rows"] == 1
 
 
 def test_a_line_that_fails_says_why(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

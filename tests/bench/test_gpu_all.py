@@ -108,6 +108,7 @@ def test_every_part_runs_in_order(run: Callable[..., tuple]) -> None:
     assert [call.split()[1] for call in calls] == ["pytest"] * 3 + benches
     assert "-n " in calls[0]
     assert "--dist loadgroup" in calls[0]
+    assert all("-W default" in call for call in calls[:3])
     assert "-m gpu tests/kernels/on_device" in calls[0]
     assert calls[1].endswith("tests/kernels/test_peers.py")
     assert calls[2].endswith("-m gpu tests/llama/test_fixed_step.py")

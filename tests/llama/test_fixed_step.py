@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -89,6 +91,25 @@ def test_a_full_cache_is_refused_and_left_alone() -> None:
             with pytest.raises(ValueError, match="holds 4 positions; 5 are needed"):
                 attempt()
     assert torch.equal(cache._kv, before)
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@torch.inference_mode()
+def test_a_longer_context_elsewhere_leaves_a_step_as_it_was(device: str) -> None:
+    """The model makes longer rotary tables for it; those that a graph reads must not be given to anyone else."""
+    model = random_model(device)
+    plain, fixed = cache_of(model, 1, 40), cache_of(model, 1, 40)
+    for cache in (plain, fixed):
+        model(torch.arange(10, device=device)[None], cache=cache)
+    step = FixedStep(model, fixed)
+    tables = [weakref.ref(t) for t in model.rotation(40, fixed._kv.device)]
+    model.rotation(600, fixed._kv.device)
+    assert all(t() is not None for t in tables)
+    noise = [torch.full((512, 4), 9.0, device=device) for _ in range(8)]
+    for i in range(5):
+        new = torch.tensor([[i]], device=device)
+        torch.testing.assert_close(step(new), model(new, cache=plain), rtol=1e-4, atol=1e-4)
+    del noise
 
 
 @torch.inference_mode()

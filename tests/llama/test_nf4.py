@@ -114,6 +114,15 @@ def test_error_on_normal_weights_is_nf4_s() -> None:
         assert 0.090 < (error / weight.square().mean().sqrt()).item() < 0.094
 
 
+def test_unpacking_copies_its_table_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU each copy from the CPU waits for everything before it."""
+    packed = quantise(torch.randn(4096))
+    with torch.inference_mode():
+        want = dequantise(packed)
+    monkeypatch.setattr(torch, "tensor", lambda *_, **__: pytest.fail("a copy"))
+    assert torch.equal(dequantise(packed), want)
+
+
 def test_chunks_leave_no_seam(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(99, 1024)
     want = [(quantise(weight, double), dequantise(quantise(weight, double))) for double in (False, True)]

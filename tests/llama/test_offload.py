@@ -135,6 +135,14 @@ def test_what_does_not_fit_is_said_before_it_is_loaded(folder: Path, monkeypatch
         count(0, 5)
 
 
+def test_a_gpu_that_is_asked_for_by_number_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[str] = []
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: torch.ones(1))
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert [placement.found(d) for d in ("cpu", "cuda", "cuda:1")] == ["cpu", "cuda", "cuda:1"]
+    assert current == ["cuda:1"]
+
+
 def test_on_a_device_it_answers(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -121,6 +121,18 @@ def test_penalty_follows_the_answer() -> None:
     assert [int(sampler(logits)) for _ in range(4)] == [0, 1, 2, 0]  # 2.0 / 2 = 1.0 falls behind 1.5, then 1.2
 
 
+def test_the_penalty_is_the_same_bits_where_all_tokens_are_touched() -> None:
+    params = [SamplingParams(temperature=0.0, repetition_penalty=p, penalize_prompt=True) for p in (1.3, 1.0, 0.7)]
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    logits[:, :2] = torch.tensor([0.0, -torch.inf])
+    found = []
+    for everywhere in (False, True):
+        sampler = Sampler(params, [[0, 1, 2, 7], [3], [4, 5, 5]])
+        sampler._everywhere = everywhere
+        found.append([sampler.adjust(logits), sampler(logits), sampler.adjust(logits)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_greedy_is_the_argmax_and_leaves_the_logits_alone() -> None:
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
     before = logits.clone()

@@ -62,6 +62,19 @@ def test_a_step_saved_again_replaces_the_first(tmp_path: Path) -> None:
     assert steps(tmp_path) == ["checkpoint-10"]
 
 
+def test_the_thread_that_writes_is_on_the_runs_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads start on device 0, which of several ranks is another's."""
+    chosen: list[tuple[int, str]] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda i: chosen.append((i, threading.current_thread().name)))
+    saver = Saver(tmp_path, background=True)
+    saver.save(1, {"model.x": torch.ones(3)}, {}, {})
+    saver.wait()
+    assert [i for i, _ in chosen] == [3]
+    assert chosen[0][1] != threading.current_thread().name
+
+
 def test_a_full_disk_says_so_and_leaves_the_earlier_checkpoint(
     small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,6 +22,8 @@ from llama import training_state
 from llama.chat import ChatFormat
 from llama.checkpoint import load_chat_format, load_config, load_model, save_model
 from llama.files import MANIFEST, write_manifest
+from llama.optimizer import SplitAdamW
+from llama.saver import save_training_state
 from llama.training_state import latest_training_state, load_training_state
 from tests.llama.states import CONFIG, flip, made, save, steps, tensors_of
 
@@ -35,6 +37,19 @@ def test_round_trip_is_bit_exact(tmp_path: Path) -> None:
     wanted, into = tensors_of(made()), {k: torch.zeros_like(v) for k, v in tensors_of(made()).items()}
     assert load_training_state(path, into) == {"step": 20}
     assert all(torch.equal(into[k], wanted[k]) for k in wanted)
+
+
+def test_the_low_halves_of_split_weights_come_back(tmp_path: Path) -> None:
+    weight = torch.nn.Parameter(torch.zeros(40, dtype=torch.bfloat16))
+    optimizer = SplitAdamW([{"params": [weight]}], {weight: "w"}, lr=1e-3, betas=(0.9, 0.99), eps=1e-8)
+    optimizer.assign(weight, torch.linspace(-1, 1, 40))
+    state = {f"optimizer.w.{name}": t for name, t in optimizer.state[weight].items()}
+    path = save_training_state(tmp_path, 1, {"model.w": weight.detach(), **state}, {}, {})
+    into = {"model.w": torch.zeros_like(weight), **{name: torch.zeros_like(t) for name, t in state.items()}}
+    load_training_state(path, into)
+    assert torch.equal(into["model.w"], weight)
+    assert state["optimizer.w.low"].any()
+    assert all(torch.equal(into[name], t) for name, t in state.items())
 
 
 def test_a_checkpoint_opens_as_a_model(tmp_path: Path) -> None:

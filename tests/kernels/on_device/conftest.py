@@ -27,6 +27,7 @@ ZERO = 1e-14  # root mean square of what is nothing but fp64's rounding, where i
 
 collect_ignore_glob = [] if INTERPRETING or torch.cuda.is_available() else ["test_*.py"]
 
+zeros = torch.zeros  # torch's own: its name in torch is replaced while a test runs
 Normal = Callable[..., Tensor]
 
 
@@ -34,11 +35,16 @@ Normal = Callable[..., Tensor]
 QUIET = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """On a device, each of these tests is a gpu test: `-m "not gpu"` leaves them out, `-m gpu` picks them."""
+    """On a device, each of these tests is a gpu test: `-m "not gpu"` leaves them out, `-m gpu` picks them. Those with
+    vast tensors follow each other, as device_only's do (--dist loadgroup): two together may need more than 80 GB."""
     for item in items:
-        if str(item.path).startswith(HERE):
-            item.add_marker(QUIET if INTERPRETING else pytest.mark.gpu)
+        if not str(item.path).startswith(HERE):
+            continue
+        item.add_marker(QUIET if INTERPRETING else pytest.mark.gpu)
+        if not INTERPRETING and "vast" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("memory"))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -107,10 +113,11 @@ def normal(device: torch.device, fences: Fences) -> Normal:
 
 
 @pytest.fixture
-def vast(device: torch.device) -> Callable[..., Tensor]:
-    """vast(*shape, dtype): zeros whose rows (all but the last dimension) reach beyond 2^31 elements, for free.
+def vast(device: torch.device) -> Iterator[Callable[..., Tensor]]:
+    """vast(*shape, dtype): zeros whose rows (all but the last dimension) reach beyond 2^31 elements.
 
-    The memory is reserved, not committed: only pages that are touched cost anything. Write it row by row.
+    On a CPU for free: the memory is reserved, not committed, and only pages that are touched cost anything. On a device
+    it is taken, without fences, which would take it twice, and given back to the other processes that test there.
     """
 
     def vast(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -126,12 +133,14 @@ def vast(device: torch.device) -> Callable[..., Tensor]:
             stride *= n
         count = (rows - 1) * strides[-2] + shape[-1]
         if device.type == "cuda":
-            return torch.zeros(count, dtype=dtype, device=device).as_strided(shape, strides)
+            return zeros(count, dtype=dtype, device=device).as_strided(shape, strides)
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
         memory = mmap.mmap(-1, count * dtype.itemsize, flags=flags)
         return torch.frombuffer(memory, dtype=dtype).as_strided(shape, strides)
 
-    return vast
+    yield vast
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture
