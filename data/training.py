@@ -28,15 +28,22 @@ def training_texts(args: TrainArguments) -> Iterable[str]:
 
     Of long texts no more than 50 million characters a file; SentencePiece passes over lines of more than 4,192 bytes.
     """
+    bad: list[ValueError] = []
+    some = False
     for file in args.data_path:
         left, choices = 50_000_000, {"answer": args.answer, "pairs": args.pairs}
-        records = read_records(file, instruction=args.instruction or "", on_bad=lambda bad, raw: None, **choices)
+        records = read_records(
+            file, instruction=args.instruction or "", on_bad=lambda why, raw: bad.append(why), **choices
+        )
         for _, record in zip(range(50_000), records, strict=False):
+            some = True
             for text in (m.content for m in record.dialogue.messages):
                 yield from (text[i : i + 1000] for i in range(0, len(text), 1000)) if len(text) > 4000 else (text,)
                 left -= len(text)
             if left < 0:
                 break
+    if bad and not some:
+        raise bad[0]
 
 
 def open_data(
