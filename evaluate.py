@@ -52,7 +52,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add(
         "--against",
         metavar="DIR",
-        help="an earlier --out: ends with 1 if a figure is worse than its 95 % interval there",
+        help="an earlier --out: ends with 1 if a figure is worse than its 95 %% interval there",
     )
     add("--encoder", metavar="DIR", help="encoder for BERTScore (transformers); default: the model's own hidden states")
     add("--limit", type=int, metavar="N", help="at most N items a part, taken evenly")

@@ -7,6 +7,7 @@ import re
 import shlex
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -59,6 +60,14 @@ def test_commands_parse(command: str) -> None:
         serve.parse(flags)
     else:
         convert_weights.parse(flags)
+
+
+@pytest.mark.parametrize("command", [generate, evaluate, serve, convert_weights])
+def test_help_is_printed(command: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    """argparse fills in help texts only when it prints them, so a lone % would show nowhere else."""
+    with pytest.raises(SystemExit, match="0"):
+        command.parse(["--help"])
+    assert "--help" in capsys.readouterr().out
 
 
 def test_presets_are_trained_at_a_rate_that_learns() -> None:
