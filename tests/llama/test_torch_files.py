@@ -217,6 +217,7 @@ HOSTILE: dict[str, tuple[Callable[[Path, Path], None], str]] = {
 
 @pytest.mark.parametrize("case", HOSTILE)
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # of the files made here
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks are:UserWarning")  # torch 2.11, as it loads such a tensor
 def test_hostile_files_are_refused_in_one_line(saved: Path, tmp_path: Path, case: str) -> None:
     damage, reason = HOSTILE[case]
     marker = tmp_path / "code-ran"
