@@ -23,6 +23,7 @@ from tests.kernels.on_device.fences import Fences
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 HERE = os.path.dirname(__file__)
 FEW = 64  # numbers; below that a relative L2 error is a matter of luck
+SUMS = 8 * 2.0**-23  # relative error of fp32 results on a device (measured on an H200: 1.0e-7 to 8.4e-7; TF32 has 3e-4)
 ZERO = 1e-14  # root mean square of what is nothing but fp64's rounding, where inputs are of size 1
 
 collect_ignore_glob = [] if INTERPRETING or torch.cuda.is_available() else ["test_*.py"]
@@ -150,7 +151,7 @@ def no_worse() -> Callable[..., None]:
     exact: the fp64 result; peer: plain torch's in the same dtype. No tolerance besides but the floor: where peer is
     exact, got must be. Where the ratio of two errors is luck, a unit in the last place is granted: of the result itself
     below FEW numbers; of a number of size 4 where sums cancel and the result is 0 (the gradient of a query that sees
-    one key).
+    one key). On a device, fp32 sums are granted SUMS: ours are one chain of fused multiply-adds, cuBLAS's are many.
     """
 
     def no_worse(name: str, got: Tensor, peer: Tensor, exact: Tensor, factor: float = 1.3, floor: float = 0.0) -> None:
@@ -163,6 +164,8 @@ def no_worse() -> Callable[..., None]:
         ours = ((got.detach().double() - exact).norm() / scale).item()
         theirs = ((peer.detach().double() - exact).norm() / scale).item()
         bound = max(factor * theirs, floor)
+        if got.is_cuda and got.dtype == torch.float32:
+            bound = max(bound, SUMS)
         if zero or exact.numel() < FEW:
             bound = max(bound, (4 if zero else 1) * torch.finfo(got.dtype).eps)
         assert ours <= bound, f"{name} ({got.dtype}): error {ours:.3e}, torch {theirs:.3e}, allowed {bound:.3e}"
