@@ -189,9 +189,11 @@ def attention(
     branches = documents is not None and len(documents) == 4
     if documents is not None:
         if not (branches or len(documents) == 2) or any(d.shape != (B, S) or d.dtype != torch.int32 for d in documents):
-            raise ValueError(f"attention: documents must be two int32 tensors of shape {(B, S)}, or four with branches")
+            raise ValueError(f"attention: documents must be two int32 tensors of shape {(B, S)}, or four that branch")
         if branches and (S != T or scales is not None):
-            raise ValueError(f"attention: documents with branches are whole rows, not {T} queries over {S} positions")
+            raise ValueError(f"attention: documents that branch are whole rows, not {T} queries over {S} positions")
+        if branches and torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
+            raise ValueError("attention: documents that branch have no gradient: call it in torch.no_grad()")
     if length is not None:
         if length.shape != (1,) or length.dtype != torch.int32 or documents is not None:
             raise ValueError("attention: a length must be one int32, and goes without documents")
