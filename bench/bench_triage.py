@@ -31,7 +31,7 @@ from typing import Any
 from report import RESULTS, ROOT, write
 
 sys.path.insert(0, str(ROOT))
-from data.diseases import load_table
+from data.conditions import load_table
 from data.metrics import naming
 from data.triage import LEVELS, RULES, Triage, read_findings
 
