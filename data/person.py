@@ -49,8 +49,8 @@ _NOT_PREGNANT = re.compile(
     r"\b(?:not|isnt|wasnt|never been|no longer|cant be|cannot be|get|getting|becoming|become|was) pregnant\b"
 )
 _FEMALE = re.compile(
-    r"\b(?:woman|female|girl|lady|wife|mother|mum|mom|grandma|daughter|she|shes|vagina\w*|my period|menstrua\w*|uterus|ovar\w+|"
-    r"breastfeeding)\b"
+    r"\b(?:woman|female|girl|lady|wife|mother|mum|mom|grandma|daughter|she|shes|vagina\w*|my period|menstrua\w*|"
+    r"uterus|ovar\w+|breastfeeding)\b"
 )
 _MALE = re.compile(
     r"\b(?:man|male|boy|husband|father|dad|grandpa|grandad|son|he|hes|testic\w+|scrotum|penis|prostate)\b"
