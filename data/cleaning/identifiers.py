@@ -253,14 +253,16 @@ _TO_CODE = re.compile(
 # Brazil's "street, number, district, code town / state", France's "kind street, code town", Croatia's "Street small 7,
 # code town", New Zealand's "number street, town code"; then lots of the Philippines, and American forces abroad.
 _CODE5, _CODE4 = r"(?!\d\d000)\d{5}", r"(?!(?:19|20)\d\d|\d\d00)\d{4}"
+_KIND = rf"(?:rue|avenue|boulevard|place|chemin|allée|impasse|quai|cours|route)[ ]{_SMALL}{{0,2}}"
 _DISTRICT = rf"(?:{_NAMED}(?:[ ]\d{{1,3}}ª?)?(?:[ ]{_NAMED})?,[ ])"
 _ORDERS = (
     rf"(?<![\w\[])(?:C\.[ ](?:de[ ])?)?{_NAMED}[ ]{_NUMBER}"
-    rf"(?:[ ](?i:apt|puerta|piso|unit|dep|esc)\.?[ ]?\w{{1,4}})?[ ]?,[ ]{_NAMED},[ ]{_CODE5}(?![\w-])",
+    rf"(?:[ ](?i:apt|puerta|piso|unit|dep|esc)\.?[ ]?\w{{1,4}})?[ ]?,[ ]{_NAMED},[ ]{_CODE5}(?![\w-]|[ ][{_UP}])",
     rf"(?<![\w\[]){_NAMED},[ ](?:(?:s/n|{_NUMBER}),[ ])?{_DISTRICT}{{0,2}}\d{{5}}-?\d{{3}}[ ]{_SMALL}?{_NAMED}[ ]/[ ]"
     rf"[A-Z]{{2}}\b",
-    rf"(?<![\w.,/@\[-])(?:{_NUMBER},[ ])?(?:rue|avenue|boulevard|place|chemin|allée|impasse|quai|cours|route)[ ]"
-    rf"{_SMALL}{{0,2}}{_NAMED},[ ]{_CODE5}[ ]{_NAMED}",
+    rf"(?<![\w.,/@\[-])(?:{_NUMBER},[ ])?{_KIND}{_NAMED}(?:[ ]{_NUMBER})?,[ ](?:{_CODE5}|{_CODE4})[ ]{_NAMED}",
+    rf"(?<![\w\[]){_NAMED}(?:,[ ](?:S/N|{_NUMBER}))?,[ ]\d{{4}}-\d{{3}}[ ]{_NAMED}",
+    rf"(?<![\w\[]){_NAMED}[ ](?:cesta|ulica|pot|trg)[ ]{_NUMBER},[ ]{_CODE4}[ ]{_NAMED}",
     rf"(?<![\w\[]){_TOWN_WORD}[ ][^\W\d_A-Z]{{3,12}}[ ]{_NUMBER},[ ]{_CODE5}[ ]{_NAMED}",
     rf"(?<![\w.,/@\[-]){_NUMBER}[ ]{_NAMED},[ ](?:RD[ ]\d{{1,2}},[ ])?{_NAMED}[ ]{_CODE4}"
     r"(?![\w%-]|[.,]\d|[ ](?:mg|mcg|ml|IU|units?)\b)",
@@ -269,6 +271,16 @@ _ORDERS = (
     r"\b(?:(?:PSC|CMR|Unit)[ ]\d{3,5},?[ ]Box[ ]\d{1,5}|US[A-Z]{1,3}[ ]\w+),[ ][ADF]PO,?[ ]A[AEP][ ]\d{5}(?!\d)",
 )
 _BY_ORDER = re.compile("|".join(_ORDERS))
+# Elsewhere: short parts between commas, a house number in the first ones, and a code at the end or before a town.
+_TOKEN = rf"(?:{_TOWN_WORD}|[A-Z]\w{{0,3}}\.|N°|#|S/N|\d{{1,4}}(?:[a-zª°]|[-/]\d{{1,4}})?)"
+_SHORT_PART = rf"(?:{_KIND})?{_TOKEN}(?:[ ]{_SMALL}{{0,2}}{_TOKEN}){{0,5}}"
+_CHAIN = re.compile(
+    rf"(?<![\w\[./,-])(?P<street>{_SHORT_PART}(?:,[ ]{_SHORT_PART}){{0,4}}),[ ](?!(?:19|20)\d\d\b|\d+00\b)\d{{4,7}}"
+    rf"(?:-\d{{3}})?(?![\w-]|[.,]\d)(?:[ ]{_NAMED})?(?:,[ ]{_SMALL}?{_NAMED}){{0,2}}"
+)
+_MEASURE = re.compile(
+    r"\b(?:Grade|Stage|Vitamin|Type|Units?|Tablets?|Table|Fig|Figure|Chapter|Vol|Dose)\b|" + _MONTH, re.I
+)
 # Streets that are named before their kind: Turkish, and Hungarian after the town.
 _BEFORE_KIND = re.compile(
     rf"(?<![\w\[])(?:(?:{_PART}[ ]){{1,3}}(?:Caddesi|Cad\.|Sokağı|Sokak|Sok\.|Mahallesi|Mah\.|Bulvarı|"
@@ -295,8 +307,14 @@ def _address(m: re.Match[str]) -> str | None:
     return "[ADDRESS]" + m[0][len(tail) :]
 
 
+def _chain(m: re.Match[str]) -> str | None:
+    named = [w for w in re.findall(r"[^\W\d_]{4,}", m["street"]) if w[0].isupper()]
+    return _address(m) if len(named) > 1 and _FIGURE.search(m["street"]) and not _MEASURE.search(m["street"]) else None
+
+
 _AT = ("@", "[at]", "(at)", "[ at ]", "( at )")
-_BY_ORDER_GUARD = re.compile(r", \d{5}| / [A-Z]{2}\b|\w \d{4}\b|\bB\d+ L\d|\bLot \d|PO,? A[AEP] \d")
+_BY_ORDER_GUARD = re.compile(r", \d{4}| / [A-Z]{2}\b|\w \d{4}\b|\bB\d+ L\d|\bLot \d|PO,? A[AEP] \d")
+_CHAIN_GUARD = re.compile(r", \d{4}")
 _DOT = ("http", "www.", ".com", ".org", ".net", ".edu", ".gov", ".info", ".co", ".biz", ".int", "ftp:")
 _RECORD_KEYS = (
     "mrn", "uhid", "crn", "ssn", "nhi", "mr no", "mr number", "ip no", "op no", " number", " num", " no ", " no.",
@@ -314,6 +332,7 @@ RULES = (
     Rule("record_number", _SSN, _placed("[RECORD NUMBER]"), guard=_GAPPED),
     Rule("address", _LIVE_AT, lambda m: m[1] + "[ADDRESS]", ("address", "live at", "lives at", "reside", "stay at")),
     Rule("address", _BY_ORDER, _address, guard=_BY_ORDER_GUARD),
+    Rule("address", _CHAIN, _chain, guard=_CHAIN_GUARD),
     Rule("address", _HOUSE, _address, guard=re.compile(r"\d[\w/-]{0,15},? [A-Zracbpiq]")),
     Rule("address", _BOX, _address, ("box",)),
     Rule("address", _FOREIGN, _address, _FOREIGN_KEYS, guard=_FIGURE, cased=True),
