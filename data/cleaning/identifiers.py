@@ -276,7 +276,7 @@ _TOKEN = rf"(?:{_TOWN_WORD}|[A-Z]\w{{0,3}}\.|N°|#|S/N|\d{{1,4}}(?:[a-zª°]|[-/
 _SHORT_PART = rf"(?:{_KIND})?{_TOKEN}(?:[ ]{_SMALL}{{0,2}}{_TOKEN}){{0,5}}"
 _CHAIN = re.compile(
     rf"(?<![\w\[./,-])(?P<street>{_SHORT_PART}(?:,[ ]{_SHORT_PART}){{0,4}}),[ ](?!(?:19|20)\d\d\b|\d+00\b)\d{{4,7}}"
-    rf"(?:-\d{{3}})?(?![\w-]|[.,]\d)(?:[ ]{_NAMED})?(?:,[ ]{_SMALL}?{_NAMED}){{0,2}}"
+    rf"(?:-\d{{3}})?(?![\w-]|[.,]\d)(?:(?P<town>[ ]{_NAMED})|(?=,|[.;)\n]|$))(?:,[ ]{_SMALL}?{_NAMED}){{0,2}}"
 )
 _MEASURE = re.compile(
     r"\b(?:Grade|Stage|Vitamin|Type|Units?|Tablets?|Table|Fig|Figure|Chapter|Vol|Dose)\b|" + _MONTH, re.I
@@ -308,8 +308,11 @@ def _address(m: re.Match[str]) -> str | None:
 
 
 def _chain(m: re.Match[str]) -> str | None:
-    named = [w for w in re.findall(r"[^\W\d_]{4,}", m["street"]) if w[0].isupper()]
-    return _address(m) if len(named) > 1 and _FIGURE.search(m["street"]) and not _MEASURE.search(m["street"]) else None
+    """A chain with words enough: "Hemoglobin 12, Creatinine, 1345" has no town behind its code, and two words."""
+    street = m["street"]
+    named = sum(w[0].isupper() for w in re.findall(r"[^\W\d_]{4,}", street))
+    enough = named > 1 and (m["town"] or named > 2 or street[0].isdigit())
+    return _address(m) if enough and _FIGURE.search(street) and not _MEASURE.search(street) else None
 
 
 _AT = ("@", "[at]", "(at)", "[ at ]", "( at )")
