@@ -12,12 +12,9 @@ _TEMPERATURE = re.compile(
 )
 _PRESSURE = re.compile(r"\b(\d{2,3})\s*(?:/|over)\s*(\d{2,3})\b")
 # So many that nobody is told to take them at once; what is counted, not weighed ("500 mg tablets").
-_TENS = (
-    "ten=10 eleven=11 twelve=12 thirteen=13 fourteen=14 fifteen=15 sixteen=16 eighteen=18 twenty=20 thirty=30 forty=40"
-)
-_WORDS = {word: int(value) for word, value in re.findall(r"(\w+)=(\d+)", f"{_TENS} fifty=50 sixty=60 hundred=100")}
 _PILLS = re.compile(
-    rf"\b(\d{{1,3}}|{'|'.join(_WORDS)})(?= (?:(?!mg|mcg|ml|grams?)[a-z]+ ){{0,3}}?(?:pills?|tablets?|capsules?|tabs|"
+    r"\b(\d{1,3}|ten|eleven|twelve|fifteen|eighteen|(?:twen|thir|for|fif|six)ty|hundred)"
+    r"(?= (?:(?!mg|mcg|ml|grams?)[a-z]+ ){0,3}?(?:pills?|tablets?|capsules?|tabs|"
     r"paracetamols?|ibuprofens?|aspirins?|tylenols?|painkillers|antidepressants|antihistamines|co codamol|sleepers)\b)"
 )
 MANY_PILLS = 8
@@ -40,7 +37,7 @@ def measured(text: str) -> str:
     """Numbers as words: "39.5 C" is "39.5 fever", "temp 104 f" "... highfever", "20 pills" "20 manypills pills"."""
     text = _TEMPERATURE.sub(_temperature, text)
     text = _PRESSURE.sub(_pressure, text)
-    text = _PILLS.sub(lambda m: f"{m[0]} manypills" if _WORDS.get(m[1]) or int(m[1]) >= MANY_PILLS else m[0], text)
+    text = _PILLS.sub(lambda m: m[0] if m[1].isdigit() and int(m[1]) < MANY_PILLS else f"{m[0]} manypills", text)
     for pattern, high, above, low, below in _NUMBERS:
         text = pattern.sub(
             lambda m, high=high, above=above, low=low, below=below: (

@@ -57,8 +57,8 @@ def continuations(
 ) -> list[list[Tensor]]:
     """For each question (prefix, continuations) the log-probabilities of every continuation's ids, fp32, on the CPU.
 
-    A prefix is run once, whatever the number of its continuations. Prefixes are packed where every continuation is one
-    id; else they stand side by side with others of about their length.
+    Continuations branch from their prefix, and questions are packed one behind the other. A prefix is run once for as
+    many continuations as fit into a pass with it.
     Every prefix and continuation holds one id or more. ValueError where one does not fit into the model's context.
     """
     most = model.config.max_seq_len
