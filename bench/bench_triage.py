@@ -5,7 +5,8 @@
 Writes bench/results/triage_cpu.json:
 - the 45 vignettes of Semigran et al. (BMJ 2015), each with its level: recall of emergencies, false alarms on the
   others, the whole table of levels, and the same for plain keywords, which read no negation;
-- 80 lines of everyday language (bench/triage_lay.txt), held out: recall and false alarms; and 80 that were seen;
+- 80 lines of everyday language (bench/triage_lay.txt) and 80 harder ones (bench/triage_lay2.txt), both held out: recall
+  and false alarms; and 80 that were seen;
 - ChatDoctor's 5,452 questions: the share flagged as an emergency, of all and of those whose answer names a condition
   of an emergency list (the sample table's, with its synonyms);
 - MedQuAD's questions ("What is ...?"), which describe nobody: each flag is a false one;
@@ -167,6 +168,7 @@ def main() -> None:
         "findings": len({f.name for f in read_findings(RULES / "findings.txt")}),
         "vignettes": vignettes(triage, args.data / "eval/semigran_vignettes.jsonl"),
         "everyday_language": everyday(triage, LAY / "triage_lay.txt"),
+        "everyday_language_2": everyday(triage, LAY / "triage_lay2.txt"),
         "everyday_language_seen": everyday(triage, LAY / "triage_lay_seen.txt"),
         "chatdoctor5k_flagged": questions(triage, args.data / "chatdoctor/chatdoctor5k.json"),
         "medquad_flagged": interval(flagged, len(quad)),

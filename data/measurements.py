@@ -1,4 +1,4 @@
-"""Numbers of a thermometer, cuff or meter in a text -> words that phrases can hold. Called by mentions.py.
+"""Numbers of a thermometer, cuff, meter or pills in a text -> words that phrases can hold. Called by mentions.py.
 
 Takes and returns text in lower case. Standard library only.
 """
@@ -11,6 +11,13 @@ _TEMPERATURE = re.compile(
     r"\b(?:(temperature|temp|fever|t)\b[^.\d]{0,25}?)?\b(\d{2,3}(?:\.\d+)?)\s*(?:°|º|degrees?)?\s*(c|f|celsius|fahrenheit|centigrade)?\b"
 )
 _PRESSURE = re.compile(r"\b(\d{2,3})\s*(?:/|over)\s*(\d{2,3})\b")
+# So many that nobody is told to take them at once; what is counted, not weighed ("500 mg tablets").
+_PILLS = re.compile(
+    r"\b(\d{1,3}|ten|eleven|twelve|fifteen|eighteen|(?:twen|thir|for|fif|six)ty|hundred)"
+    r"(?= (?:(?!mg|mcg|ml|grams?)[a-z]+ ){0,3}?(?:pills?|tablets?|capsules?|tabs|"
+    r"paracetamols?|ibuprofens?|aspirins?|tylenols?|painkillers|antidepressants|antihistamines|co codamol|sleepers)\b)"
+)
+MANY_PILLS = 8
 _NUMBERS = (
     # what it is called, at least, word for that, at most, word for that
     (re.compile(r"\b(?:spo2|o2|oxygen|saturation|sats?)\b[^.\d]{0,30}?(\d{2,3})\s*%?"), None, "", 92, "lowoxygen"),
@@ -27,9 +34,10 @@ _NUMBERS = (
 
 
 def measured(text: str) -> str:
-    """Numbers of a thermometer, cuff or meter as words: "39.5 C" is "39.5 fever", "temp 104 f" "... highfever"."""
+    """Numbers as words: "39.5 C" is "39.5 fever", "temp 104 f" "... highfever", "20 pills" "20 manypills pills"."""
     text = _TEMPERATURE.sub(_temperature, text)
     text = _PRESSURE.sub(_pressure, text)
+    text = _PILLS.sub(lambda m: m[0] if m[1].isdigit() and int(m[1]) < MANY_PILLS else f"{m[0]} manypills", text)
     for pattern, high, above, low, below in _NUMBERS:
         text = pattern.sub(
             lambda m, high=high, above=above, low=low, below=below: (

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import permutations
 
 from data.measurements import measured
 
@@ -43,7 +44,7 @@ _LISTING = _words("no without denies deny denied denying neither nor none negati
 _AFRESH = _words(
     "i im ive id he hes she shes we they it its there is are am was were has have had started began feels feel hurts "
     "hurt got gets developed noticed woke became becomes keeps now presents complains reports says can cant cannot "
-    "seems looks severe sudden suddenly terrible horrible worst excruciating"
+    "wont isnt doesnt dont hasnt havent seems looks severe sudden suddenly terrible horrible worst excruciating"
 )
 # A clause that is about the past or about someone else, unless something in it is of now.
 _PAST = re.compile(
@@ -108,6 +109,10 @@ _CLAUSE = re.compile(
     r"has |his |her |today |then )|which|because)\b|"
     r",\s*(?=i |im |ive |my |he |she |now |so |take |use |try |please |therefore )"
 )
+_UNABLE = re.compile(
+    r"\b(?:can not|cant|could not|couldnt|can no longer|unable to|incapable of|"
+    r"(?:not|isnt|arent|im not|wasnt|werent|hasnt been|havent been) able to)\b"
+)
 _WORD = re.compile(r"[a-z]+|\d+(?:\.\d+)?|,")
 
 
@@ -122,9 +127,10 @@ class _Sentence:
 
 
 def plain(text: str) -> str:
-    """Lower case, no apostrophes, hyphens and slashes as spaces, "could not" as "cannot", measurements in words."""
+    """Lower case, no apostrophes, hyphens and slashes as spaces, "unable to" and the like as "cannot", measurements in
+    words."""
     text = text.lower().replace("\u2019", "'").replace("'", "").replace("\u2013", "-")
-    text = re.sub(r"\b(?:can not|could not|couldnt|can no longer)\b", "cannot", text)
+    text = _UNABLE.sub("cannot", text)
     return measured(re.sub(r"(?<=[a-z\d])[-/](?=[a-z])|(?<=[a-z])[-/](?=\d)|[_*\"()\[\]]", " ", text))
 
 
@@ -220,7 +226,7 @@ class Phrase:
 def phrase(name: str, text: str) -> Phrase:
     """`word other/another begin* .. word`. ValueError if it is none."""
     elements: list[Element] = []
-    for part in text.lower().replace("'", "").split():
+    for part in _UNABLE.sub("cannot", text.lower().replace("'", "")).split():
         if part == "..":
             elements.append(((), ()))
             continue
@@ -237,6 +243,11 @@ def phrase(name: str, text: str) -> Phrase:
             f"{text!r} needs a word at its beginning and end, not only {' '.join(sorted(_FILLERS))[:20]} ..."
         )
     return Phrase(name.removesuffix("?"), tuple(elements), name.endswith("?"))
+
+
+def phrases(name: str, text: str) -> list[Phrase]:
+    """The phrase of a text; of `chest & pain/tight*` both orders, with a gap between. ValueError if it is none."""
+    return [phrase(name, " .. ".join(parts)) for parts in permutations(text.split(" & "))]
 
 
 class Finder:

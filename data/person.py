@@ -20,13 +20,14 @@ _VALUES: Mapping[str, int] = {word: int(value) for word, value in re.findall(r"(
 _YEARS = {"y": 1.0, "mo": 1 / 12, "w": 7 / 365.25, "d": 1 / 365.25, "h": 1 / 8766}  # by how a unit begins
 _OLD = re.compile(
     rf"\b(\d{{1,3}}|{'|'.join(_VALUES)}) ?(years?|yrs?|y|months?|mo|weeks?|wks?|days?|hours?) ?"
-    r"(?:of age|o|old|boy|girl|man|woman|male|female)\b"
+    r"(?:of age|o|olds?|boy|girl|man|woman|male|female)\b"
 )
 _OF = re.compile(
     r"\b(?:baby|boy|girl|son|daughter|child|kid) (?:of|is|aged) (\d{1,2}) ?(years?|months?|weeks?|days?)\b"
 )
 _AGED = re.compile(
-    r"\b(?:aged?|i am|im|hes|shes|he is|she is)(?: of| is|:)? (\d{1,3})\b"
+    r"\b(?:aged?|i am|im|hes|shes|(?:he|she|mother|mum|mom|father|dad|wife|husband|gran\w*|nan) is)(?: of| is|:)? "
+    r"(\d{1,3})\b"
     r"(?! ?(?:weeks?|months?|days?|hours?|minutes?|%|pounds?|kg|mg|lbs?|st\b|cm|feet|percent|of))"
 )
 _SHORT = re.compile(r"\b(?:(\d{1,2})(?: ?yo| ?y o)? ?[mf]\b|[mf] ?(\d{1,2})\b|(\d{1,3}) ?yo\b)")
@@ -48,10 +49,12 @@ _NOT_PREGNANT = re.compile(
     r"\b(?:not|isnt|wasnt|never been|no longer|cant be|cannot be|get|getting|becoming|become|was) pregnant\b"
 )
 _FEMALE = re.compile(
-    r"\b(?:woman|female|girl|lady|wife|mother|daughter|she|shes|vagina\w*|my period|menstrua\w*|uterus|ovar\w+|"
-    r"breastfeeding)\b"
+    r"\b(?:woman|female|girl|lady|wife|mother|mum|mom|grandma|daughter|she|shes|vagina\w*|my period|menstrua\w*|"
+    r"uterus|ovar\w+|breastfeeding)\b"
 )
-_MALE = re.compile(r"\b(?:man|male|boy|husband|father|son|he|hes|testic\w+|scrotum|penis|prostate)\b")
+_MALE = re.compile(
+    r"\b(?:man|male|boy|husband|father|dad|grandpa|grandad|son|he|hes|testic\w+|scrotum|penis|prostate)\b"
+)
 
 
 @dataclass(frozen=True)

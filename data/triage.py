@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from data.mentions import Finder, Phrase, phrase
+from data.mentions import Finder, Phrase, phrases
 from data.person import Person, person_of
 from data.reviewable import numbered_lines
 from llama.attendant import Attendant
@@ -94,14 +94,14 @@ class Triage(Attendant):
 @cache
 def load(folder: Path = RULES) -> tuple[Finder, tuple[Rule, ...]]:
     """The finder of findings.txt and the rules of triage.txt, most urgent first. ValueError names file and line."""
-    phrases = read_findings(folder / "findings.txt")
-    rules = read_rules(folder / "triage.txt", {p.name for p in phrases})
-    return Finder(phrases), tuple(sorted(rules, key=lambda r: LEVELS.index(r.level)))
+    known = read_findings(folder / "findings.txt")
+    rules = read_rules(folder / "triage.txt", {p.name for p in known})
+    return Finder(known), tuple(sorted(rules, key=lambda r: LEVELS.index(r.level)))
 
 
 def read_findings(path: Path) -> list[Phrase]:
     """Phrases of a file of `name: phrase; phrase` lines."""
-    phrases: list[Phrase] = []
+    found: list[Phrase] = []
     for number, line in _lines(path):
         name, colon, rest = line.partition(":")
         if not line:
@@ -109,10 +109,10 @@ def read_findings(path: Path) -> list[Phrase]:
         if not colon or " or " in name or "+" in name:
             raise ValueError(f"{path}:{number}: not `name: phrase; phrase`, with no + or `or` in the name")
         try:
-            phrases += [phrase(name.strip(), text.strip()) for text in rest.split(";")]
+            found += [p for text in rest.split(";") for p in phrases(name.strip(), text.strip())]
         except ValueError as e:
             raise ValueError(f"{path}:{number}: {e}") from None
-    return phrases
+    return found
 
 
 def read_rules(path: Path, findings: Collection[str]) -> list[Rule]:

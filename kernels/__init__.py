@@ -44,7 +44,8 @@ def use(backend: str, device: torch.device | str | None = None) -> None:
     """Choose who computes.
 
     "auto": our Triton kernels on a GPU that can run them, else PyTorch. "triton", "torch": that, or an error from the
-    call that cannot. A name of peers.NAMES: attention by that implementation, the rest as auto.
+    call that cannot. A name of peers.NAMES: attention by that implementation, the rest, and documents that branch, as
+    auto.
     ValueError for a backend that is not there, or that cannot run on the device given.
     """
     global _wanted
@@ -185,8 +186,14 @@ def attention(
     S, G = k.shape[1], k.shape[2]
     if k.shape != v.shape or k.shape[0] != B or k.shape[3] != K or H % G or S < T:
         raise ValueError(f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit together")
-    if documents is not None and any(d.shape != (B, S) or d.dtype != torch.int32 for d in documents):
-        raise ValueError(f"attention: documents must be two int32 tensors of shape {(B, S)}")
+    branches = documents is not None and len(documents) == 4
+    if documents is not None:
+        if not (branches or len(documents) == 2) or any(d.shape != (B, S) or d.dtype != torch.int32 for d in documents):
+            raise ValueError(f"attention: documents must be two int32 tensors of shape {(B, S)}, or four that branch")
+        if branches and (S != T or scales is not None):
+            raise ValueError(f"attention: documents that branch are whole rows, not {T} queries over {S} positions")
+        if branches and torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
+            raise ValueError("attention: documents that branch have no gradient: call it in torch.no_grad()")
     if length is not None:
         if length.shape != (1,) or length.dtype != torch.int32 or documents is not None:
             raise ValueError("attention: a length must be one int32, and goes without documents")
@@ -202,7 +209,7 @@ def attention(
         if _decided("attention", reason):
             return decode.attention(q, k, v, None, length)
         return reference.attention_bounded(q, k, v, length)
-    if _wanted in peers.NAMES:
+    if _wanted in peers.NAMES and not branches:
         return peers.attention(_wanted, q, k, v, documents)
     if _by_triton("attention", q, k, v):
         from kernels import decode, flash

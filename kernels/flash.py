@@ -4,7 +4,8 @@ Called by the seam. FlashAttention-2's arithmetic (Dao 2023, arXiv:2307.08691) w
 S positions, query t stands at position p = S - T + t and sees the keys start[p] .. p of its own document. As documents
 lie one behind the other, start and end never fall along a row: a tile of queries needs the keys from its first
 query's start to its last query, a tile of keys the queries from its first key to its last key's end. So the grid is
-fixed, nothing is read back to the host, and a tile may straddle documents.
+fixed, nothing is read back to the host, and a tile may straddle documents. Where documents branch, there is a forward
+only, which masks every tile.
 
 Forward, per query, in base 2 (c = log2(e) / sqrt(K), folded into one multiplication after the product):
 
@@ -141,10 +142,13 @@ def _forward_loop(
     high: tl.tensor,
     position: tl.tensor,
     first: tl.tensor,
+    fork: tl.tensor,
+    own: tl.tensor,
     c: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
     PACKED: tl.constexpr,
+    BRANCHED: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> tl.tensor:
     """Take the key tiles low .. high into the running sum, its weight total and the largest score top."""
@@ -156,6 +160,8 @@ def _forward_loop(
             seen = position[:, None] >= n[None, :]
             if PACKED:
                 seen = seen & (n[None, :] >= first[:, None])
+            if BRANCHED:
+                seen = seen & ((n[None, :] < fork[:, None]) | (n[None, :] >= own[:, None]))
             s = tl.where(seen, s * c, HIDDEN)
             new_top = tl.maximum(top, tl.max(s, 1))
             # A row that has seen no key yet keeps top = HIDDEN: measured from 0, what is hidden has 2^HIDDEN = 0.
@@ -211,6 +217,8 @@ def attention_forward_kernel(
     o_strides: tl.tensor,
     LSE: tl.tensor,
     START: tl.tensor,
+    FORK: tl.tensor,
+    OWN: tl.tensor,
     T: tl.tensor,
     S: tl.tensor,
     SCALE: tl.constexpr,
@@ -220,6 +228,7 @@ def attention_forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PACKED: tl.constexpr,
+    BRANCHED: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
     """One tile of queries of one head: o and lse (B, H, T)."""
@@ -232,9 +241,13 @@ def attention_forward_kernel(
     low, whole, causal, end = _key_range(START, m0, b, T, S, BLOCK_M, BLOCK_N, PACKED)
     m = m0 + tl.arange(0, BLOCK_M)
     position = m + S - T
-    first = m
+    first, fork, own = m, m, m
     if PACKED:
         first = tl.load(START + b.to(tl.int64) * S + position, mask=m < T, other=0)
+    if BRANCHED:
+        fork = tl.load(FORK + b.to(tl.int64) * S + position, mask=m < T, other=0)
+        own = tl.load(OWN + b.to(tl.int64) * S + position, mask=m < T, other=0)
+        whole = causal  # a branch may begin behind any key: every tile is masked
     c: tl.constexpr = SCALE * LOG2_E
     q = queries.load([m0, 0])
     top = tl.full([BLOCK_M], HIDDEN, tl.float32)
@@ -242,14 +255,17 @@ def attention_forward_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     if PACKED:
         acc, total, top = _forward_loop(
-            acc, total, top, q, keys, values, low, whole, position, first, c, BLOCK_N, True, PACKED, PRECISION
-        )
+            acc, total, top, q, keys, values, low, whole, position, first, fork, own, c, BLOCK_N, True,
+            PACKED, BRANCHED, PRECISION,
+        )  # fmt: skip
     acc, total, top = _forward_loop(
-        acc, total, top, q, keys, values, whole, causal, position, first, c, BLOCK_N, False, PACKED, PRECISION
-    )
+        acc, total, top, q, keys, values, whole, causal, position, first, fork, own, c, BLOCK_N, False,
+        PACKED, BRANCHED, PRECISION,
+    )  # fmt: skip
     acc, total, top = _forward_loop(
-        acc, total, top, q, keys, values, causal, end, position, first, c, BLOCK_N, True, PACKED, PRECISION
-    )
+        acc, total, top, q, keys, values, causal, end, position, first, fork, own, c, BLOCK_N, True,
+        PACKED, BRANCHED, PRECISION,
+    )  # fmt: skip
     out.store([m0, 0], (acc / total[:, None]).to(q.dtype))
     at = (b.to(tl.int64) * tl.num_programs(1) + h) * T + m
     tl.store(LSE + at, top + tl.math.log2(total), mask=m < T)
@@ -466,9 +482,18 @@ def _launch_facts(kind: str, q: Tensor, k: Tensor, documents: bool) -> tuple[Til
 
 @torch.library.custom_op("chatdoctor::attention_forward", mutates_args=())
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, end: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor | None,
+    end: Tensor | None,
+    fork: Tensor | None = None,
+    own: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """o (B, T, H, K) in q.dtype and the base-2 log-sum-exp of the scores, fp32 (B, H, T). end only passes through."""
+    """o (B, T, H, K) in q.dtype and the base-2 log-sum-exp of the scores, fp32 (B, H, T). end only passes through.
+
+    There is no gradient of documents that branch (fork, own).
+    """
     for t in (q, k, v):  # asked here, since torch.compile cannot trace an address
         if t.data_ptr() % 16:
             raise ValueError("attention: q, k and v must start at a multiple of 16 bytes: call .contiguous() on them")
@@ -488,15 +513,26 @@ def attention_forward(
         o.stride()[:3],
         lse,
         start,
+        fork,
+        own,
         T,
         k.shape[1],
+        BRANCHED=fork is not None,
         **constants,
     )
     return o, lse
 
 
 @attention_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, end: Tensor | None) -> tuple[Tensor, Tensor]:
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor | None,
+    end: Tensor | None,
+    fork: Tensor | None = None,
+    own: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     B, T, H, K = q.shape
     return q.new_empty(B, T, H, K), q.new_empty(B, H, T, dtype=torch.float32)
 
@@ -535,7 +571,7 @@ def _(
 
 
 def _keep(ctx: FunctionCtx, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, start, end = inputs
+    q, k, v, start, end, _, _ = inputs
     ctx.save_for_backward(q, k, v, *output, start, end)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -543,8 +579,8 @@ def _keep(ctx: FunctionCtx, inputs: tuple[Tensor | None, ...], output: tuple[Ten
 
 def _gradients(ctx: FunctionCtx, do: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if do is None:
-        return (None,) * 5
-    return *attention_backward(do, *ctx.saved_tensors), None, None
+        return (None,) * 7
+    return *attention_backward(do, *ctx.saved_tensors), None, None, None, None
 
 
 attention_forward.register_autograd(_gradients, setup_context=_keep)
@@ -552,5 +588,4 @@ attention_forward.register_autograd(_gradients, setup_context=_keep)
 
 def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
     """kernels.reference.attention by these kernels; q, k, v as the seam has checked them."""
-    start, end = (None, None) if documents is None else documents
-    return attention_forward(q, k, v, start, end)[0]
+    return attention_forward(q, k, v, *(documents or (None, None)))[0]

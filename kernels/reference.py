@@ -18,7 +18,7 @@ CODES = 2**20  # numbers of keys, and of values, made from codes at a time: 4 Mi
 DEQUANTISED = 2**22  # numbers made from codes at a time: 16 MiB in fp32, whatever the matrix
 ADAMW_NUMBERS = 2**18  # of a parameter at a time: what adamw needs beside it stays in the cache
 
-Documents = tuple[Tensor, Tensor]
+Documents = tuple[Tensor, ...]
 Scales = tuple[Tensor, Tensor]
 
 
@@ -63,13 +63,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = Non
 
     q (B, T, H, K); k, v (B, S, G, K) with S >= T and H a multiple of G: the T queries are the last of the S
     positions, so a cached prefix is simply a longer k and v. documents: (start, end) int32 (B, S), the first and one
-    past the last position of each position's document; a query sees start[its position] .. its position. The softmax
-    scale is 1 / sqrt(K); the softmax runs in fp32.
+    past the last position of each position's document; a query sees start[its position] .. its position. Where a
+    document branches, (start, end, fork, own): without fork[its position] .. own[its position] - 1, which are other
+    branches behind the same beginning; both are alike where there are none. The softmax scale is 1 / sqrt(K); the
+    softmax runs in fp32.
     """
     B, T, H, K = q.shape
     S, G = k.shape[1], k.shape[2]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    if T == 1:
+    branches = documents is not None and len(documents) > 2
+    if T == 1 and not branches:
         # The group's query heads stand in as rows of one head: no copy of the cache per query head.
         q = q.reshape(B, G, H // G, K)
         if documents is None:
@@ -89,12 +92,31 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = Non
         free = start is None or torch.compiler.is_compiling()
         left = 0 if free else int(start[:, top:bottom].min())
         mask = _visible(start, top, bottom, left, q.device)
-        tiles.append(
-            F.scaled_dot_product_attention(
-                q[:, :, i : i + TILE], k[:, :, left:bottom], v[:, :, left:bottom], attn_mask=mask, enable_gqa=H != G
+        seen_k, seen_v = k[:, :, left:bottom], v[:, :, left:bottom]
+        if branches:
+            mask, seen_k, seen_v = _without_siblings(
+                mask, seen_k, seen_v, *(t[:, top:bottom] - left for t in documents[2:])
             )
+        tiles.append(
+            F.scaled_dot_product_attention(q[:, :, i : i + TILE], seen_k, seen_v, attn_mask=mask, enable_gqa=H != G)
         )
     return torch.cat(tiles, dim=2).transpose(1, 2)
+
+
+def _without_siblings(mask: Tensor, k: Tensor, v: Tensor, fork: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A tile's mask (B, 1, rows, columns), keys and values without what other branches hold: columns fork .. own - 1.
+
+    What no row of the tile sees is left out, where that is enough to be worth a copy of the rest.
+    """
+    columns = torch.arange(mask.shape[-1], device=mask.device)
+    mask = mask & ((columns < fork[..., None]) | (columns >= own[..., None]))[:, None]
+    if torch.compiler.is_compiling():
+        return mask, k, v
+    first, last = int(fork.max()), int(own.min())
+    if last - first < TILE:
+        return mask, k, v
+    mask = torch.cat((mask[..., :first], mask[..., last:]), -1)
+    return mask, *(torch.cat((t[:, :, :first], t[:, :, last:]), 2) for t in (k, v))
 
 
 def attention_bounded(q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:

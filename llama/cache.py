@@ -8,8 +8,6 @@ that a cache goes through later changes a bit of what it holds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -111,20 +109,12 @@ class KVCache:
 
     def grown(self, max_len: int) -> KVCache:
         """A cache of max_len positions that holds what this one does."""
-        return self._copied(range(self.batch), self.first, max_len)
-
-    def repeated(self, rows: Sequence[int], max_len: int) -> KVCache:
-        """A cache of max_len positions whose rows are those of this one with these numbers."""
-        return self._copied(rows, None if self.first is None else self.first[list(rows)], max_len)
-
-    def _copied(self, rows: Sequence[int], first: Tensor | None, max_len: int) -> KVCache:
         other = object.__new__(KVCache)
-        other.batch, other.max_len, other.length, other.first = len(rows), max_len, self.length, first
+        other.batch, other.max_len, other.length, other.first = self.batch, max_len, self.length, self.first
         other.place = None
-        stored = [t.new_empty(t.shape[0], len(rows), t.shape[2], max_len, *t.shape[4:]) for t in self._tensors()]
+        stored = [t.new_empty(t.shape[0], self.batch, t.shape[2], max_len, *t.shape[4:]) for t in self._tensors()]
         for new, old in zip(stored, self._tensors(), strict=True):
-            for i, row in enumerate(rows):
-                new[:, i, :, : self.length] = old[:, row, :, : self.length]
+            new[:, :, :, : self.length] = old[:, : self.batch, :, : self.length]
             new[:, :, :, self.length :] = 0  # a step of fixed size reads it all, and NaN times 0 is NaN
         other._replace(stored)
         return other

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from llama.cache import KVCache
 from llama.chat import IGNORE, targets_of
 from llama.model import Llama
 
 Ids = Sequence[int]
 PASS = 2048  # tokens a pass: enough to keep a GPU busy; a CPU's speed is the same from 256 on
-HELD = 4  # times as many positions are held as may be new in a pass, where rows continue a prefix
+ROWS = 16  # of logits that a CPU normalises at a time: 300 of 32,000 take a quarter of the time of all at once
 
 
 @torch.inference_mode()
@@ -29,14 +29,22 @@ def answer_losses(
     Documents are packed one behind the other, each seeing itself only; logits are made where they are needed. The
     first id has nothing before it and must not be masked. ValueError for a document longer than the model's context.
     """
+    most = model.config.max_seq_len
+    for number, (ids, _) in enumerate(documents):
+        if len(ids) > most:
+            raise ValueError(f"document {number} is {len(ids):,} tokens long; the model's context holds {most:,}")
     losses: list[Tensor] = [torch.empty(0)] * len(documents)
-    for numbers in _packs([len(ids) for ids, _ in documents], tokens_per_pass, model.config.max_seq_len):
-        targets = [t for number in numbers for t in targets_of(*documents[number])]
-        wanted = [i for i, target in enumerate(targets) if target != IGNORE]
-        if not wanted:
+    for numbers in _packs([len(ids) for ids, _ in documents], tokens_per_pass):
+        targets = torch.tensor([t for number in numbers for t in targets_of(*documents[number])])
+        wanted = (targets != IGNORE).nonzero()[:, 0]
+        if not len(wanted):
             continue
-        logits = _packed(model, [documents[number][0] for number in numbers], wanted)
-        found = -_chosen(logits, torch.tensor(targets, device=logits.device)[wanted]).cpu()
+        row = [i for number in numbers for i in documents[number][0]]
+        lengths = [len(documents[number][0]) for number in numbers]
+        ends = list(accumulate(lengths))
+        borders = [(end - n, end) for n, end in zip(lengths, ends, strict=True) for _ in range(n)]
+        logits = _logits(model, row, borders, wanted)
+        found = -_chosen(logits, torch.arange(len(wanted)), targets[wanted])
         counts = [sum(documents[number][1][1:]) for number in numbers]
         for number, part in zip(numbers, found.split(counts), strict=True):
             losses[number] = part
@@ -49,8 +57,8 @@ def continuations(
 ) -> list[list[Tensor]]:
     """For each question (prefix, continuations) the log-probabilities of every continuation's ids, fp32, on the CPU.
 
-    A prefix is run once, whatever the number of its continuations. Prefixes are packed where every continuation is one
-    id; else they stand side by side with others of about their length.
+    Continuations branch from their prefix, and questions are packed one behind the other. A prefix is run once for as
+    many continuations as fit into a pass with it.
     Every prefix and continuation holds one id or more. ValueError where one does not fit into the model's context.
     """
     most = model.config.max_seq_len
@@ -60,48 +68,83 @@ def continuations(
         if (length := len(prefix) + max(map(len, endings))) > most:
             raise ValueError(f"question {number} takes {length:,} tokens; the model's context holds {most:,}")
     results: list[list[Tensor]] = [[torch.empty(0)] * len(endings) for _, endings in questions]
-    long = [number for number, (_, endings) in enumerate(questions) if max(map(len, endings)) > 1]
-    short = [number for number, (_, endings) in enumerate(questions) if max(map(len, endings)) == 1]
-    for some in _packs([len(questions[number][0]) for number in short], tokens_per_pass, most):
-        numbers = [short[i] for i in some]
-        prefixes = [questions[number][0] for number in numbers]
-        ends = [end - 1 for end in accumulate(map(len, prefixes))]
-        for number, found in zip(numbers, _packed(model, prefixes, ends).float().log_softmax(-1), strict=True):
-            results[number] = [found[list(ending)].cpu() for ending in questions[number][1]]
-    for batch in _batches([len(questions[number][0]) for number in long], tokens_per_pass):
-        numbers = [long[i] for i in batch]
-        cache, logits = _read(model, [questions[number][0] for number in numbers])
-        rows = [(i, j) for i, number in enumerate(numbers) for j in range(len(questions[number][1]))]
-        for some in _rows(rows, [[len(e) for e in questions[number][1]] for number in numbers], cache, tokens_per_pass):
-            endings = [questions[numbers[i]][1][j] for i, j in some]
-            found = _continued(model, cache, logits, [i for i, _ in some], endings)
-            for (i, j), part in zip(some, found, strict=True):
-                results[numbers[i]][j] = part
+    trees = [tree for number, question in enumerate(questions) for tree in _trees(number, *question, tokens_per_pass)]
+    for pack in _packs([tree.size for tree in trees], tokens_per_pass):
+        some = [trees[i] for i in pack]
+        found = iter(_grown(model, some))
+        for tree in some:
+            for place in tree.places:
+                results[tree.number][place] = next(found)
     return results
 
 
-def _packed(model: Llama, documents: Sequence[Ids], only: Sequence[int]) -> Tensor:
-    """Logits (n, V) at these n places of the documents, which stand one behind the other, each seeing itself only."""
+class _Tree(NamedTuple):
+    """A question's prefix, and some of its continuations, which branch from it."""
+
+    number: int
+    prefix: Ids
+    places: list[int]
+    endings: list[Ids]
+
+    @property
+    def size(self) -> int:
+        """Tokens to run: what stands behind the last id of a continuation is asked by nobody."""
+        return len(self.prefix) + sum(len(ending) - 1 for ending in self.endings)
+
+
+def _trees(number: int, prefix: Ids, endings: Sequence[Ids], room: int) -> Iterator[_Tree]:
+    """A question in parts that fit into a pass, or that are half continuations where its prefix leaves less room."""
+    room = max(room - len(prefix), len(prefix))
+    for places in _packs([len(ending) - 1 for ending in endings], room):
+        yield _Tree(number, prefix, places, [endings[i] for i in places])
+
+
+def _grown(model: Llama, trees: Sequence[_Tree]) -> Sequence[Tensor]:
+    """For every ending of one tree after the other the log-probabilities of its ids; all of them run in one row."""
+    row: list[int] = []
+    borders: list[tuple[int, int, int, int]] = []  # start, end, fork, own
+    only: list[int] = []  # places whose logits are needed
+    chosen: list[tuple[int, int]] = []  # one of these, and the id behind it
+    for tree in trees:
+        start, fork = len(row), len(row) + len(tree.prefix)
+        end, root = start + tree.size, len(only)
+        row += tree.prefix
+        borders += [(start, end, start, start)] * len(tree.prefix)
+        only.append(fork - 1)
+        for ending in tree.endings:
+            own, n = len(row), len(ending) - 1
+            chosen += zip((root, *range(len(only), len(only) + n)), ending, strict=True)
+            only += range(own, own + n)
+            row += ending[:-1]
+            borders += [(start, end, fork, own)] * n
+    logits = _logits(model, row, borders, torch.tensor(only))
+    lengths = [len(ending) for tree in trees for ending in tree.endings]
+    return _chosen(logits, *torch.tensor(chosen).t()).split(lengths)
+
+
+def _logits(model: Llama, row: Ids, borders: Sequence[tuple[int, ...]], only: Tensor) -> Tensor:
+    """Logits (n, V) at these n places of a row, of whose documents every position knows the borders."""
     device = model.embed.weight.device
-    lengths = torch.tensor([len(ids) for ids in documents])
-    ends = lengths.cumsum(0)
-    bounds = tuple(t.repeat_interleave(lengths)[None].to(device, torch.int32) for t in (ends - lengths, ends))
-    ids = torch.tensor([[i for some in documents for i in some]], device=device)
-    return model(ids, documents=bounds, only=torch.tensor(only, device=device))
+    documents = torch.tensor(borders, dtype=torch.int32, device=device).t().contiguous()[:, None]
+    return model(torch.tensor([row], device=device), documents=documents.unbind(), only=only.to(device))
 
 
-def _chosen(logits: Tensor, ids: Tensor) -> Tensor:
-    """Log-probabilities (N,) of ids (N,) by logits (N, V)."""
-    return logits.float().log_softmax(-1).gather(1, ids[:, None])[:, 0]
+def _chosen(logits: Tensor, places: Tensor, ids: Tensor) -> Tensor:
+    """Log-probabilities (N,) of ids (N,), each by the row of logits (n, V) with the number at its place; on the CPU."""
+    step = ROWS if logits.is_cpu else len(logits)
+    order = places.argsort()
+    counts = (places // step).bincount(minlength=-(-len(logits) // step)).tolist()
+    pieces = zip(logits.split(step), places[order].split(counts), ids[order].split(counts), strict=True)
+    found = torch.empty(len(places))
+    found[order] = torch.cat([some.float().log_softmax(-1)[row % step, i].cpu() for some, row, i in pieces])
+    return found
 
 
-def _packs(lengths: Sequence[int], room: int, longest: int) -> Iterator[list[int]]:
-    """Numbers of the documents that share a pass, in their order."""
+def _packs(lengths: Sequence[int], room: int) -> Iterator[list[int]]:
+    """Numbers of what shares a pass, in their order."""
     pack: list[int] = []
     held = 0
     for number, length in enumerate(lengths):
-        if length > longest:
-            raise ValueError(f"document {number} is {length:,} tokens long; the model's context holds {longest:,}")
         if pack and held + length > room:
             yield pack
             pack, held = [], 0
@@ -109,59 +152,3 @@ def _packs(lengths: Sequence[int], room: int, longest: int) -> Iterator[list[int
         held += length
     if pack:
         yield pack
-
-
-def _batches(lengths: Sequence[int], room: int) -> Iterator[list[int]]:
-    """Numbers of the prefixes that are read side by side, the longest first: what does not fit shows at once."""
-    batch: list[int] = []
-    for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > room:
-            yield batch
-            batch = []
-        batch.append(number)
-    if batch:
-        yield batch
-
-
-def _rows(
-    rows: Sequence[tuple[int, int]], lengths: Sequence[Sequence[int]], cache: KVCache, room: int
-) -> Iterator[list[tuple[int, int]]]:
-    """Continuations (i, j), i.e. the j-th of prefix i, that are run side by side: those of one length together."""
-    batch: list[tuple[int, int]] = []
-    for i, j in sorted(rows, key=lambda row: lengths[row[0]][row[1]]):
-        n, length = len(batch) + 1, lengths[i][j]
-        if batch and (n * length > room or n * (cache.length + length) > HELD * room):
-            yield batch
-            batch = []
-        batch.append((i, j))
-    if batch:
-        yield batch
-
-
-def _read(model: Llama, prefixes: Sequence[Ids]) -> tuple[KVCache, Tensor]:
-    """A cache that holds the prefixes, ending together, and the logits (B, V) after each."""
-    weight = model.norm.weight  # its number type is that of everything between two products
-    T = max(map(len, prefixes))
-    cache = KVCache(model.config, len(prefixes), T, weight.device, weight.dtype)
-    missing = [T - len(prefix) for prefix in prefixes]
-    if any(missing):
-        cache.first = torch.tensor(missing, dtype=torch.int32, device=weight.device)
-    tokens = torch.tensor([[0] * n + list(p) for n, p in zip(missing, prefixes, strict=True)], device=weight.device)
-    return cache, model(tokens, cache=cache, last_only=True)[:, -1]
-
-
-def _continued(
-    model: Llama, cache: KVCache, logits: Tensor, rows: Sequence[int], endings: Sequence[Ids]
-) -> list[Tensor]:
-    """Log-probabilities of the ids of each ending, behind the row of the cache with its number."""
-    device = logits.device
-    numbers = torch.tensor(rows, device=device)
-    T = max(map(len, endings))
-    ids = torch.tensor([list(e) + [0] * (T - len(e)) for e in endings], device=device)
-    found = [_chosen(logits[numbers], ids[:, 0])[:, None]]
-    if T > 1:
-        # What stands behind an ending is seen by no token of it.
-        after = model(ids[:, :-1], cache=cache.repeated(rows, cache.length + T - 1))
-        found.append(_chosen(after.flatten(0, 1), ids[:, 1:].flatten()).view(len(rows), T - 1))
-    table = torch.cat(found, 1).cpu()
-    return [row[: len(e)] for row, e in zip(table, endings, strict=True)]

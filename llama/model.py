@@ -51,15 +51,21 @@ class Attention(nn.Module):
         return self.q(x), self.k(x), self.v(x)
 
     def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], documents: kernels.Documents | None, memory: Memory | None
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        documents: kernels.Documents | None,
+        memory: Memory | None,
+        only: Tensor | None = None,
     ) -> Tensor:
         B, T, _ = x.shape
         q, k, v = (y.view(B, T, -1, self.head_dim) for y in self.project(x))
         q, k = kernels.rope(q, k, *rotation)
+        length, scales = None, None
         if memory is not None:
             k, v, length, scales = memory(k, v)
-            return self.o(kernels.attention(q, k, v, documents, length, scales).reshape(B, T, -1))
-        return self.o(kernels.attention(q, k, v, documents).reshape(B, T, -1))
+        y = kernels.attention(q, k, v, documents, length, scales).reshape(B, T, -1)
+        return self.o(y if only is None else y.flatten(0, 1)[only])
 
 
 class MLP(nn.Module):
@@ -94,8 +100,11 @@ class Block(nn.Module):
         rotation: tuple[Tensor, Tensor],
         documents: kernels.Documents | None = None,
         memory: Memory | None = None,
+        only: Tensor | None = None,
     ) -> Tensor:
-        x, y = self.mlp_norm(self.attn(self.attn_norm(x), rotation, documents, memory), x)
+        """The stream (B, T, D) after this block, or only these (n,) of its rows, (n, D)."""
+        y = self.attn(self.attn_norm(x), rotation, documents, memory, only)
+        x, y = self.mlp_norm(y, x if only is None else x.flatten(0, 1)[only])
         return x + self.mlp(y)
 
 
@@ -153,8 +162,9 @@ class Llama(nn.Module):
         """Logits (B, T, V) of tokens (B, T); with targets (B, T), the summed loss (fp32) and its token count (int64).
 
         Targets of IGNORE carry no loss. documents: (start, end) int32 (B, T) of a packed batch: a token sees its own
-        document, and positions restart in each. cache: the tokens follow what it holds, and it grows by them; with
-        documents as well, these are (B, S), of what it holds and of the tokens.
+        document, and positions restart in each; where it branches, (start, end, fork, own) as kernels.attention takes
+        them, and in each branch positions go on from the fork. cache: the tokens follow what it holds, and it grows by
+        them; with documents as well, these are (B, S), of what it holds and of the tokens.
         last_only: logits (B, 1, V) of the last token only, all that decoding needs of a prompt. only: logits (n, V) of
         the tokens with these numbers (n,) among all B * T, all that scoring an answer needs. weigh(x (N, D), head
         (V, D), targets (N,)): with targets, gives how much each token's loss counts, fp32 (N,), without gradient.
@@ -170,11 +180,9 @@ class Llama(nn.Module):
             rotation = self._rotation_at(past, T, documents, x.device)
         for i, layer in enumerate(self.layers):
             memory = None if cache is None else _memory_of(cache, i)
-            x = layer(x, rotation, documents, memory)
+            x = layer(x, rotation, documents, memory, only if i == len(self.layers) - 1 else None)
         if cache is not None:
             cache.advance(T)
-        if only is not None:
-            x = x.flatten(0, 1)[only]
         x = self.norm(x[:, -1:] if last_only else x)
         if targets is None:
             # A tied model has a head only where one was given to it to decode faster.
@@ -194,6 +202,9 @@ class Llama(nn.Module):
         if documents is None:
             return cos[past:needed], sin[past:needed]
         positions = torch.arange(past, needed, device=device) - documents[0][:, past:]
+        if len(documents) > 2:
+            fork, own = documents[2:]
+            positions -= (own - fork)[:, past:]
         return cos[positions], sin[positions]
 
     def rotation(self, needed: int, device: torch.device) -> tuple[Tensor, Tensor]:

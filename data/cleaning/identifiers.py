@@ -147,7 +147,8 @@ def _announced_phone(m: re.Match[str]) -> str | None:
 # --- postal addresses -----------------------------------------------------------------------------
 
 _PART = rf"(?:[{_UP}][\w'’.-]*|\d{{1,3}}(?:st|nd|rd|th)|[NSEW]\.?)"
-_TOWN_WORD = rf"[{_UP}](?:[^\W\d_]|['’.-])*"
+# A full stop behind a town ends the sentence, but for St. and its like.
+_TOWN_WORD = rf"(?:(?:Ste?|Sta|Sto|Mt|Ft|Bad)\.|[{_UP}](?:[^\W\d_]|['’-]|\.(?=\w))*)"
 _STREET = (
     r"(?:Street|St|Avenue|Ave|Av|Road|Rd|Lane|Ln|Drive|Dr|Boulevard|Blvd|Court|Ct|Place|Pl|Way|Terrace|Ter|"
     r"Close|Crescent|"
@@ -170,15 +171,22 @@ _POST_CODE = (
 _TOWN_CODE = (
     r"(?:(?:[A-Z]{1,2}-)?\d{5}(?:-\d{3})?|\d{3} \d{2}|\d{2}-\d{3}|\d{6,8}|(?!(?:19|20)\d\d\b)\d{4}(?: ?[A-Z]{2}\b)?)\b"
 )
+# Small words in the names of streets and towns: "Frankfurt an der Oder", "Stoke on Trent", "Calle de la Paz".
+_SMALL = (
+    r"(?:(?:de|del|da|do|dos|das|la|las|los|le|les|du|des|y|e|nad|pod|na|u|v|am|an|der|im|in|bei|ob|sur|sous|en|on|"
+    r"upon|aan|op|van|den|ter)[ -])"
+)
+_NAMED = rf"(?:{_TOWN_WORD}(?:[ -]{_SMALL}{{0,2}}{_TOWN_WORD}){{0,5}})"
 _TOWN = (
+    rf"(?:[ ]{_POST_CODE}(?:[ ]{_TOWN_WORD}){{1,3}})?"
     rf"(?:,?\s(?i:{_UNIT})\.?[ ]?#?[\w-]+)?"
     rf"(?:(?:,[ ]?\n?|\n)(?:{_TOWN_WORD}(?:[ ]{_TOWN_WORD}){{0,3}}[ ]?-?)?(?:[ ]?,?[ ]?{_POST_CODE}(?![\w-])|"
     rf"[ ]?{_TOWN_CODE}(?:,?[ ]{_TOWN_WORD}(?:[ -]{_TOWN_WORD}){{0,2}})?)?){{0,4}}"
 )
-_NUMBER = r"\d{1,5}(?:[A-Z]|-\d{1,4}[A-Z]?|/\d{1,4}[A-Z]?|[ ]?bis)?"
+_NUMBER = r"\d{1,5}(?:[A-Z]|[a-z]\b(?:/\d{1,4})?|-\d{1,4}[A-Z]?|/\d{1,4}[A-Z]?|[ ]?bis)?"
 _UNIT_BEFORE = re.compile(rf"(?:\b{_UNIT}\.?[ ]?#?[\w/-]{{1,6}},?|#[\w/-]{{1,6}},)[ ]$", re.I)
 _HOUSE = re.compile(
-    rf"(?<![\w.,/@\[-]){_NUMBER},?[ ](?:(?:{_PART}[ ]){{1,4}}?{_STREET}\b\.?(?:[ ][NSEW]{{1,2}}\b\.?)?|"
+    rf"(?<![\w.,/@\[-]){_NUMBER},?[ ](?:(?:{_PART}[ ]){{1,4}}?{_STREET}\b\.?(?:[ ][NSEW]{{1,2}}\b\.?|[ ]Extension)?|"
     rf"(?:rue|avenue|boulevard|place|chemin|allée|impasse|quai|cours|route)[ ](?:(?:de|du|des|la|le|les|l'|d')[ ]?)*"
     rf"{_PART}(?:[ -]{_PART}){{0,3}}){_TOWN}(?!\w)"
 )
@@ -220,7 +228,7 @@ _LIVE_AT = re.compile(
     r"\b((?:my|our|his|her|home|postal|mailing|the)[ ](?:home[ ]|postal[ ]|mailing[ ])?address(?:[ ]is|:)[ ]|"
     r"(?:i|we|he|she)[ ](?:live|lives|reside|resides|stay)[ ]at[ ]|\baddress:[ ])"
     r"((?=[^;!?\n]{0,60}\d)[^;!?\n]{4,140}?)"
-    r"(?=(?<!\bapt)(?<!\bste)(?<!\bno)(?<!\bst)(?<!\bave)(?<!\brd)(?<!\bul)(?<!\bal)(?<!\bos)(?<!\bpl)(?<!\bbldg)(?<!\bstr)(?<!\bjl)"
+    r"(?=(?<!\bapt)(?<!\bste)(?<!\bno)(?<!\bst)(?<!\bave)(?<!\brd)(?<!\bul)(?<!\bal)(?<!\bos)(?<!\bpl)(?<!\bbldg)(?<!str)(?<!\bjl)"
     r"(?<!\bnr)(?<!\bbl)(?<!\bsc)(?<!\bet)(?<!\bap)(?<!\bcad)(?<!\bsok)(?<!\bsk)(?<!\bmah)(?<!\bgg)(?<!\bh)(?<!\bbd)"
     r"(?<!\bp)(?<!\bo)[.;!?](?:\s|$)|\n|$|[ ](?:and|but|because|since|with|for|where|which)[ ])",
     re.I,
@@ -229,7 +237,7 @@ _BRITISH_CODE = re.compile(r"(?<![\w-])[A-Z]{1,2}\d[A-Z\d]? \d[ABD-HJLNP-UW-Z]{2
 _CODE_AND_TOWN = re.compile(
     rf"(?<![\w\[])(?:{_PART}[ ]){{1,4}}{_NUMBER}(?:[ ,]+(?i:{_UNIT})\.?[ ]?[\w/-]+)?[ ]?,[ ](?:{_TOWN_WORD},?[ ]"
     rf")?{_TOWN_CODE},?[ ]"
-    rf"{_TOWN_WORD}(?:[ -]{_TOWN_WORD}){{0,2}}|"
+    rf"{_TOWN_WORD}(?:[ -]{_SMALL}{{0,2}}{_TOWN_WORD}){{0,2}}|"
     rf"(?<![\w.,/@\[-]){_NUMBER}[ ](?:{_PART}[ ]?){{1,4}}(?:(?i:{_UNIT})\.?[ ]?[\w/-]+)?,[ ](?:{_TOWN_WORD}[ ]"
     rf"?){{1,3}},[ ]{_STATE}[ ]\d{{5}}"
 )
@@ -241,6 +249,38 @@ _TO_CODE = re.compile(
     r"(?:[A-Z]{1,2}\d[A-Z\d]? ?\d[A-Z]{2}|(?:[A-Z]{2},? ?)?[A-Z]\d[A-Z] ?\d[A-Z]\d|"
     r"[A-Z]{2,3},? \d{4,5}(?:-\d{4})?|(?<=[a-z][ -])\d{6})(?![\w-])"
 )
+# No kind of street names these; the order does, and a code that is no round count: Spain's "street number, town, code",
+# Brazil's "street, number, district, code town / state", France's "kind street, code town", Croatia's "Street small 7,
+# code town", New Zealand's "number street, town code"; then lots of the Philippines, and American forces abroad.
+_CODE5, _CODE4 = r"(?!\d\d000)\d{5}", r"(?!(?:19|20)\d\d|\d\d00)\d{4}"
+_KIND = rf"(?:rue|avenue|boulevard|place|chemin|allée|impasse|quai|cours|route)[ ]{_SMALL}{{0,2}}"
+_DISTRICT = rf"(?:{_NAMED}(?:[ ]\d{{1,3}}ª?)?(?:[ ]{_NAMED})?,[ ])"
+_ORDERS = (
+    rf"(?<![\w\[])(?:C\.[ ](?:de[ ])?)?{_NAMED}[ ]{_NUMBER}"
+    rf"(?:[ ](?i:apt|puerta|piso|unit|dep|esc)\.?[ ]?\w{{1,4}})?[ ]?,[ ]{_NAMED},[ ]{_CODE5}(?![\w-]|[ ][{_UP}])",
+    rf"(?<![\w\[]){_NAMED},[ ](?:(?:s/n|{_NUMBER}),[ ])?{_DISTRICT}{{0,2}}\d{{5}}-?\d{{3}}[ ]{_SMALL}?{_NAMED}[ ]/[ ]"
+    rf"[A-Z]{{2}}\b",
+    rf"(?<![\w.,/@\[-])(?:{_NUMBER},[ ])?{_KIND}{_NAMED}(?:[ ]{_NUMBER})?,[ ](?:{_CODE5}|{_CODE4})[ ]{_NAMED}",
+    rf"(?<![\w\[]){_NAMED}(?:,[ ](?:S/N|{_NUMBER}))?,[ ]\d{{4}}-\d{{3}}[ ]{_NAMED}",
+    rf"(?<![\w\[]){_NAMED}[ ](?:cesta|ulica|pot|trg)[ ]{_NUMBER},[ ]{_CODE4}[ ]{_NAMED}",
+    rf"(?<![\w\[]){_TOWN_WORD}[ ][^\W\d_A-Z]{{3,12}}[ ]{_NUMBER},[ ]{_CODE5}[ ]{_NAMED}",
+    rf"(?<![\w.,/@\[-]){_NUMBER}[ ]{_NAMED},[ ](?:RD[ ]\d{{1,2}},[ ])?{_NAMED}[ ]{_CODE4}"
+    r"(?![\w%-]|[.,]\d|[ ](?:mg|mcg|ml|IU|units?)\b)",
+    rf"\b(?:B\d{{1,3}}[ ]L\d{{1,3}}|Block[ ]\d{{1,3}},?[ ]Lot[ ]\d{{1,3}})"
+    rf"(?:,?[ ](?:{_NAMED}|\d{{1,3}}th[ ]{_NAMED})(?:[ ]\d{{1,3}})?){{1,5}},[ ]\d{{4}}(?:[ ]{_NAMED})?",
+    r"\b(?:(?:PSC|CMR|Unit)[ ]\d{3,5},?[ ]Box[ ]\d{1,5}|US[A-Z]{1,3}[ ]\w+),[ ][ADF]PO,?[ ]A[AEP][ ]\d{5}(?!\d)",
+)
+_BY_ORDER = re.compile("|".join(_ORDERS))
+# Elsewhere: short parts between commas, a house number in the first ones, and a code at the end or before a town.
+_TOKEN = rf"(?:{_TOWN_WORD}|[A-Z]\w{{0,3}}\.|N°|#|S/N|\d{{1,4}}(?:[a-zª°]|[-/]\d{{1,4}})?)"
+_SHORT_PART = rf"(?:{_KIND})?{_TOKEN}(?:[ ]{_SMALL}{{0,2}}{_TOKEN}){{0,5}}"
+_CHAIN = re.compile(
+    rf"(?<![\w\[./,-])(?P<street>{_SHORT_PART}(?:,[ ]{_SHORT_PART}){{0,4}}),[ ](?!(?:19|20)\d\d\b|\d+00\b)\d{{4,7}}"
+    rf"(?:-\d{{3}})?(?![\w-]|[.,]\d)(?:(?P<town>[ ]{_NAMED})|(?=,|[.;)\n]|$))(?:,[ ]{_SMALL}?{_NAMED}){{0,2}}"
+)
+_MEASURE = re.compile(
+    r"\b(?:Grade|Stage|Vitamin|Type|Units?|Tablets?|Table|Fig|Figure|Chapter|Vol|Dose)\b|" + _MONTH, re.I
+)
 # Streets that are named before their kind: Turkish, and Hungarian after the town.
 _BEFORE_KIND = re.compile(
     rf"(?<![\w\[])(?:(?:{_PART}[ ]){{1,3}}(?:Caddesi|Cad\.|Sokağı|Sokak|Sok\.|Mahallesi|Mah\.|Bulvarı|"
@@ -249,9 +289,11 @@ _BEFORE_KIND = re.compile(
 )
 # What stands around an address that was found: a flat before it, a town or a region after it.
 _AROUND = re.compile(
-    rf"(?:\b(?i:{_UNIT})\.?[ ]?#?[\w/-]{{1,6}},?[ ])?\[ADDRESS\](?:[ ]?,?[ ]\[ADDRESS\])*"
-    rf"(?:[ ]?,[ ](?!I\b|[TM]h?ank|My|Please|And|But)(?:\d{{4,6}}[ ]"
-    rf")?{_TOWN_WORD}(?:[ ]{_TOWN_WORD}){{0,3}}(?=[,;)\n]|\.(?:\s|$)|$))*"
+    rf"(?:(?:\b(?i:{_UNIT}|level)\.?[ ]?#?(?:\d[\w/-]{{0,5}}|[A-Z]\d{{0,4}})|\b\d{{1,3}}(?:F|(?:st|nd|rd|th)[ ]Floor))"
+    rf"(?:[ ]{_NAMED}(?:[ ]\d{{1,3}})?)?,?[ ])?\[ADDRESS\](?:[ ]?,?[ ]\[ADDRESS\])*"
+    rf"(?:[ ]?,[ ](?!I\b|[TM]h?ank|My|Please|And|But)(?:\d{{4,6}}[ ])?(?:RD[ ]\d{{1,2}}|"
+    rf"{_TOWN_WORD}(?:[ ](?:del[ ])?(?:[A-Z]\.|{_TOWN_WORD})){{0,3}}(?:[ ]\d{{1,2}}|[ ](?!(?:19|20)\d\d)\d{{4}})?)"
+    rf"(?=[,;)\n]|\.(?:\s|$)|$))*"
 )
 _TOWN_ZIP = re.compile(rf"(?<![\w\[])(?:{_PART}[ ]){{0,2}}{_PART},[ ]{_STATE}[ ]\d{{5}}(?:-\d{{4}})?(?!\w)")
 
@@ -265,7 +307,17 @@ def _address(m: re.Match[str]) -> str | None:
     return "[ADDRESS]" + m[0][len(tail) :]
 
 
+def _chain(m: re.Match[str]) -> str | None:
+    """A chain with words enough: "Hemoglobin 12, Creatinine, 1345" has no town behind its code, and two words."""
+    street = m["street"]
+    named = sum(w[0].isupper() for w in re.findall(r"[^\W\d_]{4,}", street))
+    enough = named > 1 and (m["town"] or named > 2 or street[0].isdigit())
+    return _address(m) if enough and _FIGURE.search(street) and not _MEASURE.search(street) else None
+
+
 _AT = ("@", "[at]", "(at)", "[ at ]", "( at )")
+_BY_ORDER_GUARD = re.compile(r", \d{4}| / [A-Z]{2}\b|\w \d{4}\b|\bB\d+ L\d|\bLot \d|PO,? A[AEP] \d")
+_CHAIN_GUARD = re.compile(r", \d{4}")
 _DOT = ("http", "www.", ".com", ".org", ".net", ".edu", ".gov", ".info", ".co", ".biz", ".int", "ftp:")
 _RECORD_KEYS = (
     "mrn", "uhid", "crn", "ssn", "nhi", "mr no", "mr number", "ip no", "op no", " number", " num", " no ", " no.",
@@ -282,12 +334,14 @@ RULES = (
     Rule("record_number", _LETTERED_NUMBER, _record, _RECORD_KEYS, guard=_THREE),
     Rule("record_number", _SSN, _placed("[RECORD NUMBER]"), guard=_GAPPED),
     Rule("address", _LIVE_AT, lambda m: m[1] + "[ADDRESS]", ("address", "live at", "lives at", "reside", "stay at")),
+    Rule("address", _BY_ORDER, _address, guard=_BY_ORDER_GUARD),
+    Rule("address", _CHAIN, _chain, guard=_CHAIN_GUARD),
     Rule("address", _HOUSE, _address, guard=re.compile(r"\d[\w/-]{0,15},? [A-Zracbpiq]")),
-    Rule("address", _FLAT, _address, ("flat", "plot", "door", "house", "shop", "apart", "apt"), guard=_FIVE),
     Rule("address", _BOX, _address, ("box",)),
     Rule("address", _FOREIGN, _address, _FOREIGN_KEYS, guard=_FIGURE, cased=True),
     Rule("address", _CODE_AND_TOWN, _address, guard=_CODE),
     Rule("address", _TO_CODE, _address, guard=_CODE),
+    Rule("address", _FLAT, _address, ("flat", "plot", "door", "house", "shop", "apart", "apt"), guard=_FIVE),
     Rule(
         "address",
         _BEFORE_KIND,

@@ -57,6 +57,16 @@ def main(argv: list[str]) -> int:
         ("Ring +44 20 7946 0958 or 07911 123456.", "Ring [PHONE] or [PHONE]."),
         ("Mail a.b-c@mail.example.co.uk now.", "Mail [EMAIL] now."),
         ("See https://example.org/a?b=1.", "See [URL]."),
+        ("Send it to Cañada de Ignacia Roura 15, Cádiz, 49353. Then rest.", "Send it to [ADDRESS]. Then rest."),
+        ("Send it to Pátio da Costa, 3, Alto Das Antenas, 73053568 Martins de Minas / DF.", "Send it to [ADDRESS]."),
+        ("Send it to 16, rue Hernandez, 97398 Julien-les-Bains.", "Send it to [ADDRESS]."),
+        ("Send it to 58 Droney Street V69 VH75 Una Ville.", "Send it to [ADDRESS]."),
+        ("Send it to Krležin gvozd 2a, 03435 Komiža.", "Send it to [ADDRESS]."),
+        ("Send it to 7 Rose Amble, RD 3, Rangikiwi 9709.", "Send it to [ADDRESS]."),
+        ("Send it to B06 L25 Tabayoc Village, Garnet Street, Quezon City, 1369 Metro Manila.", "Send it to [ADDRESS]."),
+        ("Send it to PSC 7206, Box 4379, APO AP 78514.", "Send it to [ADDRESS]."),
+        ("Send it to 3364 Clarence Indlela, Kimberley, 1220.", "Send it to [ADDRESS]."),
+        ("Send it to rue Aeby 33, 3453 Vuille-sur-Mer.", "Send it to [ADDRESS]."),
         ("MRN: 00123456, SSN 123-45-6789.", "MRN: [RECORD NUMBER], SSN [RECORD NUMBER]."),
         ("I live at 12 Elm Road, Leeds LS1 4AP.", "I live at [ADDRESS]."),
         ("DOB: 12/03/1980. Born on 3 May 1971.", "DOB: [DATE OF BIRTH]. Born on [DATE OF BIRTH]."),
@@ -139,6 +149,24 @@ def test_placeholders_are_never_nested(text: str) -> None:
 CLINICAL = st.sampled_from(
     ["fever", "cough", "drug", "drip", "syndrome", "asthma", "120/80", "mg", "dose", "the", "a", "Crohn's", "of", "5.6"]
 )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "He took 10 Units Lantus, Heparin 5000 and slept.",
+        "Heparin 5000, Warfarin, 10000 in all. Then rest.",
+        "Platelets were 5, 12000 White cells were seen.",
+        "Vitamin B12 L5 Disc herniation, pain for 3 weeks.",
+        "Hemoglobin 12, Creatinine, 1345 was measured.",
+        "Table 3 Adverse Events, Placebo, 4321 patients.",
+        "Grade 3 Ductal Carcinoma, Stage 2 Tumor, Ki 67 was high.",
+        "United Cerebral Palsy of Nebraska helps.",
+        "In 1998 Smith, Jones, 2004 found 12345 cases / US alone.",
+    ],
+)
+def test_what_only_looks_like_an_address_is_left(text: str) -> None:
+    assert clean(text) == text
 
 
 @settings(max_examples=100, deadline=None)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data.mentions import Finder, phrases, plain
 from data.person import Person, person_of
 from data.triage import LEVELS, RULES, Rule, Triage, load, read_findings, read_rules
 from llama.chat import Dialogue, Message
@@ -72,6 +73,9 @@ def test_what_is_denied_past_anothers_or_only_asked_is_no_emergency(text: str) -
         ("SpO2 is 88% at rest", "severe-breathlessness"),
         ("I don\u2019t want to live", "suicide"),
         ("what is the lethal dose of insulin", "suicide"),
+        ("he is not able to lift his left arm", "stroke"),
+        ("I took about twenty of my sleeping tablets", "overdose"),
+        ("she won't drink and hasn't had a wet nappy, she is 7 months old", "sick-infant"),
     ],
 )
 def test_what_is_said_counts(text: str, rule: str) -> None:
@@ -87,6 +91,8 @@ def test_what_is_said_counts(text: str, rule: str) -> None:
         ("I'm 34, female, not pregnant", Person((34.0,), "female", False)),
         ("65-year-old man", Person((65.0,), "male")),
         ("my temperature is 39 since 3 days", Person()),
+        ("my dad is 75 and cold", Person((75.0,), "male")),
+        ("my 10 month old's nose runs", Person((10 / 12,))),
         ("I am trying to get pregnant", Person((), None, False)),
     ],
 )
@@ -94,6 +100,20 @@ def test_who_it_is_about(text: str, person: Person) -> None:
     found = person_of(text)
     assert found.ages == pytest.approx(person.ages)
     assert (found.sex, found.pregnant, found.weeks) == (person.sex, person.pregnant, person.weeks)
+
+
+def test_either_order() -> None:
+    finder = Finder(phrases("tight", "chest & tight*/cannot"))
+    for text in ("my chest feels tight", "a tightness in my chest", "my chest can't expand"):
+        assert finder.present(text) == {"tight"}
+    assert not finder.present("my chest is fine, but my belt is tight")
+
+
+@pytest.mark.parametrize(
+    "text", ["I took two tablets", "I took a 500 mg tablet", "I take 10 mg tablets", "3 pills a day"]
+)
+def test_a_dose_is_not_many_pills(text: str) -> None:
+    assert "manypills" not in plain(text)
 
 
 def test_the_card_knows_what_the_words_do_not() -> None:

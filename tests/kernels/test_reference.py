@@ -50,6 +50,46 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None) -> Te
     return out
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 6), st.lists(st.integers(1, 7), max_size=4)), min_size=1, max_size=4),
+    st.sampled_from([1, 3, 128]),
+)
+def test_a_branch_sees_its_beginning_and_itself(trees: list[tuple[int, list[int]]], tile: int) -> None:
+    """Each branch behind its beginning, as a document of its own, is what it is among its siblings."""
+    borders: list[tuple[int, int, int, int]] = []
+    paths: list[list[int]] = []  # the places of a beginning and one branch
+    for beginning, branches in trees:
+        start, end = len(borders), len(borders) + beginning + sum(branches)
+        stem = list(range(start, start + beginning))
+        borders += [(start, end, start, start)] * beginning
+        paths.append(stem)
+        for n in branches:
+            own = len(borders)
+            borders += [(start, end, start + beginning, own)] * n
+            paths.append([*stem, *range(own, own + n)])
+    T = len(borders)
+    q, k, v = normal(1, T, 4, 6), normal(1, T, 2, 6, seed=1), normal(1, T, 2, 6, seed=2)
+    documents = torch.tensor(borders, dtype=torch.int32).t()[:, None].unbind()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "TILE", tile)
+        got = kernels.attention(q, k, v, documents)
+    for path in paths:
+        want = naive_attention(q[:, path], k[:, path], v[:, path], None)
+        torch.testing.assert_close(got[:, path], want, rtol=1e-5, atol=1e-5)
+
+
+def test_documents_that_branch_are_whole_rows_without_gradient() -> None:
+    q, k = normal(1, 3, 2, 4), normal(1, 5, 2, 4)
+    borders = torch.zeros(1, 5, dtype=torch.int32)
+    with pytest.raises(ValueError, match="are whole rows, not 3 queries over 5 positions"):
+        kernels.attention(q, k, k, (borders,) * 4)
+    with pytest.raises(ValueError, match="have no gradient"):
+        kernels.attention(k.requires_grad_(), k, k, (borders,) * 4)
+    with pytest.raises(ValueError, match=r"two int32 tensors of shape \(1, 5\), or four that branch"):
+        kernels.attention(k, k, k, (borders,) * 3)
+
+
 def starts(B: int, S: int, seed: int) -> Tensor:
     """Starts (B, S) of documents of random lengths."""
     cut = torch.randint(0, 2, (B, S), generator=torch.Generator().manual_seed(seed)).bool()

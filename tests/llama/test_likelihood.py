@@ -97,7 +97,10 @@ def test_a_prefix_is_run_once_and_no_last_token_at_all(monkeypatch: pytest.Monke
     assert run == [30]
     run.clear()
     continuations(MODEL, [([1] * 30, [[2, 5], [3, 6], [4, 7, 8]])])
-    assert run == [30, 3 * 2]
+    assert run == [30 + 1 + 1 + 2]
+    run.clear()
+    continuations(MODEL, [([1] * 30, [[2, 5, 6, 7]] * 30)], 60)
+    assert run == [30 + 10 * 3] * 3
 
 
 def test_what_does_not_fit_is_refused() -> None:

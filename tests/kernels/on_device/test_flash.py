@@ -447,6 +447,31 @@ def test_any_shape_and_packing(
         no_worse(name, ours[name], torchs[name], exact[name], floor=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("cut", [SQUARE, TALL, WIDE])
+def test_documents_that_branch(
+    cut: Tiles,
+    dtype: torch.dtype,
+    normal: Normal,
+    no_worse: Check,
+    tiles: Callable[[Tiles], None],
+    device: torch.device,
+) -> None:
+    """Beginnings of 1 to 50 positions, each with up to six branches, and one document without any."""
+    tiles(cut)
+    places: list[tuple[int, int, int, int]] = []
+    for beginning, branches in ((50, [7, 1, 40, 3]), (1, [2, 2]), (33, []), (20, [1] * 6)):
+        start, end = len(places), len(places) + beginning + sum(branches)
+        places += [(start, end, start, start)] * beginning
+        for n in branches:
+            places += [(start, end, start + beginning, len(places))] * n
+    T, H, G, K = len(places), 4, 2, 32
+    q, k, v = (normal(1, T, heads, K, seed=i, dtype=dtype) for i, heads in enumerate((H, G, G)))
+    documents = torch.tensor(places, dtype=torch.int32, device=device).t().contiguous()[:, None].unbind()
+    ours, torchs = (f.attention(q, k, v, documents) for f in (flash, reference))
+    no_worse("o", ours, torchs, reference.attention(q.double(), k.double(), v.double(), documents))
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_operators_keep_torch_contracts(packed: bool, normal: Normal, device: torch.device) -> None:
     q, k, v = (normal(1, 9, h, 16, seed=i).requires_grad_() for i, h in enumerate((4, 2, 2)))
