@@ -33,11 +33,14 @@ MAGIC = 0x4B000000
 
 
 class Vector(NamedTuple):
-    """Of one program of the product with one row: rows of codes, chunks of each at a time."""
+    """Of one program of the product with one row: rows of codes, chunks of each at a time, stages of its loads.
 
-    block_n: int = 8
-    block_c: int = 64
-    warps: int = 4
+    It is one warp, and block_c a multiple of its 32 threads: with more, or fewer, x is passed around in shared memory.
+    """
+
+    block_n: int = 4
+    block_c: int = 32
+    stages: int = 1
 
 
 class Tiles(NamedTuple):
@@ -50,10 +53,10 @@ class Tiles(NamedTuple):
     stages: int
 
 
-VECTOR = Vector()
+VECTOR = {4: Vector(), 8: Vector()}  # by the bits of a code
 # By the most rows of x that they serve. fp32 has no Tensor Cores: its tiles are what spills nothing.
 TILES = {
-    2: {16: Tiles(16, 64, 64, 4, 4), 64: Tiles(64, 64, 64, 4, 3), 2**63: Tiles(128, 128, 64, 8, 3)},
+    2: {16: Tiles(16, 64, 128, 4, 3), 64: Tiles(64, 64, 64, 4, 3), 2**63: Tiles(256, 128, 64, 8, 3)},
     4: {16: Tiles(16, 32, 32, 4, 1), 2**63: Tiles(32, 64, 32, 4, 1)},
 }
 PROGRAMS = 4  # of the vector's for a multiprocessor, before `in` is cut
@@ -77,48 +80,70 @@ def quantised_vector_kernel(
     BITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
 ) -> None:
-    """BLOCK_N numbers of y, or of a split's sums, which are of `steps` times BLOCK_C chunks of each row."""
+    """BLOCK_N numbers of y, or of a split's sums, which are of `steps` times BLOCK_C chunks of each row.
+
+    A thread has a chunk, word by word, and reads the numbers of x that belong to a word in one load: nothing moves
+    between threads before the sum at the end.
+    """
+    J: tl.constexpr = 32 // BITS
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     w = tl.arange(0, 4)
     acc = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     low = tl.program_id(1) * steps
-    for step in range(low, tl.minimum(low + steps, tl.cdiv(chunks, BLOCK_C))):
+    for step in tl.range(low, tl.minimum(low + steps, tl.cdiv(chunks, BLOCK_C)), num_stages=STAGES):
         c = step * BLOCK_C + tl.arange(0, BLOCK_C)
         inside = (n[:, None] < out) & (c[None, :] < chunks)
         at = WORDS + (n[:, None] * chunks + c[None, :])[:, :, None] * 4 + w[None, None, :]
         words = tl.load(at, mask=inside[:, :, None], other=0)
         s = tl.load(SCALES + n[:, None] * groups + (c // group_chunks)[None, :], mask=inside, other=0.0)
-        at = (c[:, None] * 4 + w[None, :])[:, :, None] * (32 // BITS) + tl.arange(0, 32 // BITS)[None, None, :]
-        x = tl.load(X + at, mask=(c < chunks)[:, None, None], other=0.0).to(tl.float32)
-        p = tl.zeros([BLOCK_N, BLOCK_C, 4], tl.float32)
-        if BITS == 4:
-            x0, x1 = tl.split(tl.reshape(x, [BLOCK_C, 4, 2, 2, 2]))
-            x00, x01 = tl.split(x0)  # of the numbers' three bits, the last and the middle one
-            x10, x11 = tl.split(x1)
-            x000, x001 = tl.split(x00)
-            x010, x011 = tl.split(x01)
-            x100, x101 = tl.split(x10)
-            x110, x111 = tl.split(x11)
-            p = _with(p, words, x000, magic, 0, BITS)
-            p = _with(p, words, x100, magic, 4, BITS)
-            p = _with(p, words, x010, magic, 8, BITS)
-            p = _with(p, words, x110, magic, 12, BITS)
-            p = _with(p, words, x001, magic, 16, BITS)
-            p = _with(p, words >> 16, x101, magic, 4, BITS)
-            p = _with(p, words >> 16, x011, magic, 8, BITS)
-            p = _with(p, words >> 16, x111, magic, 12, BITS)
-        else:
-            x0, x1 = tl.split(tl.reshape(x, [BLOCK_C, 4, 2, 2]))
-            x00, x01 = tl.split(x0)
-            x10, x11 = tl.split(x1)
-            p = _with(p, words, x00, magic, 0, BITS)
-            p = _with(p, words, x10, magic, 8, BITS)
-            p = _with(p, words >> 16, x01, magic, 0, BITS)
-            p = _with(p, words >> 16, x11, magic, 8, BITS)
-        acc += tl.sum(p, 2) * s.to(tl.float32)
+        even, odd = tl.split(tl.reshape(words, [BLOCK_N, BLOCK_C, 2, 2]))
+        w0, w2 = tl.split(even)
+        w1, w3 = tl.split(odd)
+        at = X + (c * (4 * J))[:, None] + tl.arange(0, J)[None, :]
+        there = (c < chunks)[:, None]
+        zero = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+        p0 = _with_word(zero, w0, tl.load(at, mask=there, other=0.0), magic, BITS, BLOCK_C)
+        p1 = _with_word(zero, w1, tl.load(at + J, mask=there, other=0.0), magic, BITS, BLOCK_C)
+        p2 = _with_word(zero, w2, tl.load(at + 2 * J, mask=there, other=0.0), magic, BITS, BLOCK_C)
+        p3 = _with_word(zero, w3, tl.load(at + 3 * J, mask=there, other=0.0), magic, BITS, BLOCK_C)
+        acc += ((p0 + p1) + (p2 + p3)) * s.to(tl.float32)
     at = tl.program_id(1).to(tl.int64) * out + n
     tl.store(Y + at, tl.sum(acc, 1).to(Y.dtype.element_ty), mask=n < out)
+
+
+@triton.jit
+def _with_word(
+    p: tl.tensor, word: tl.tensor, x: tl.tensor, magic: tl.tensor, BITS: tl.constexpr, BLOCK_C: tl.constexpr
+) -> tl.tensor:
+    """p (BLOCK_N, BLOCK_C) + a word of codes each, times their numbers x (BLOCK_C, 32 / BITS)."""
+    x = x.to(tl.float32)
+    if BITS == 4:
+        x0, x1 = tl.split(tl.reshape(x, [BLOCK_C, 2, 2, 2]))
+        x00, x01 = tl.split(x0)  # of the numbers' three bits, the last and the middle one
+        x10, x11 = tl.split(x1)
+        x000, x001 = tl.split(x00)
+        x010, x011 = tl.split(x01)
+        x100, x101 = tl.split(x10)
+        x110, x111 = tl.split(x11)
+        p = _with(p, word, x000, magic, 0, BITS)
+        p = _with(p, word, x100, magic, 4, BITS)
+        p = _with(p, word, x010, magic, 8, BITS)
+        p = _with(p, word, x110, magic, 12, BITS)
+        p = _with(p, word, x001, magic, 16, BITS)
+        p = _with(p, word >> 16, x101, magic, 4, BITS)
+        p = _with(p, word >> 16, x011, magic, 8, BITS)
+        p = _with(p, word >> 16, x111, magic, 12, BITS)
+    else:
+        x0, x1 = tl.split(tl.reshape(x, [BLOCK_C, 2, 2]))
+        x00, x01 = tl.split(x0)
+        x10, x11 = tl.split(x1)
+        p = _with(p, word, x00, magic, 0, BITS)
+        p = _with(p, word, x10, magic, 8, BITS)
+        p = _with(p, word >> 16, x01, magic, 0, BITS)
+        p = _with(p, word >> 16, x11, magic, 8, BITS)
+    return p
 
 
 @triton.jit
@@ -133,7 +158,7 @@ def _with(
     p: tl.tensor, words: tl.tensor, x: tl.tensor, magic: tl.tensor, SHIFT: tl.constexpr, BITS: tl.constexpr
 ) -> tl.tensor:
     """p + q x, for the code at bit SHIFT of each word. It stays where it is, 2^SHIFT times itself; x pays for that."""
-    return p + _shifted(words, magic, SHIFT, BITS) * (x * (1.0 / 2**SHIFT))[None, :, :]
+    return p + _shifted(words, magic, SHIFT, BITS) * (x * (1.0 / 2**SHIFT))[None, :]
 
 
 @triton.jit
@@ -167,21 +192,25 @@ def quantised_tile_kernel(
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     low = tl.program_id(2) * steps
     for step in range(low, tl.minimum(low + steps, tl.cdiv(row_bytes, BLOCK_B))):
-        b = step * BLOCK_B + tl.arange(0, BLOCK_B)
         s = tl.load(scales + step // group_steps).to(tl.float32)
-        if EVEN:
-            u = tl.load(codes + b[None, :])
-            x = tl.load(rows + b[:, None])
-        else:
-            u = tl.load(codes + b[None, :], mask=b[None, :] < row_bytes, other=0)
-            x = tl.load(rows + b[:, None], mask=b[:, None] < row_bytes, other=0.0)
-        acc = tl.dot(_weights(u, s, magic, 0, BITS, x.dtype), x, acc, input_precision=PRECISION)
-        if BITS == 4:
-            if EVEN:
-                x = tl.load(rows + row_bytes + b[:, None])
+        # Two products a step: low and high halves of bytes, or first and second half of 8-bit codes. With a single one
+        # triton 3.6 lets a product of sm_90 run on while the next step's weights are made in the registers that it
+        # reads: garbage in some tiles of 128 x 128 (an H200, 2026-11-26; test_products_with_codes_again_and_again).
+        for half in tl.static_range(2):
+            if BITS == 4:
+                b = step * BLOCK_B + tl.arange(0, BLOCK_B)
+                x_at = rows + half * row_bytes + b[:, None]
             else:
-                x = tl.load(rows + row_bytes + b[:, None], mask=b[:, None] < row_bytes, other=0.0)
-            acc = tl.dot(_weights(u, s, magic, 4, BITS, x.dtype), x, acc, input_precision=PRECISION)
+                b = step * BLOCK_B + half * (BLOCK_B // 2) + tl.arange(0, BLOCK_B // 2)
+                x_at = rows + b[:, None]
+            if EVEN:
+                u = tl.load(codes + b[None, :])
+                x = tl.load(x_at)
+            else:
+                u = tl.load(codes + b[None, :], mask=b[None, :] < row_bytes, other=0)
+                x = tl.load(x_at, mask=b[:, None] < row_bytes, other=0.0)
+            w = _weights(u, s, magic, half * 4 if BITS == 4 else 0, BITS, x.dtype)
+            acc = tl.dot(w, x, acc, input_precision=PRECISION)
     at = (tl.program_id(2).to(tl.int64) * M + m[None, :]) * out + n[:, None]
     tl.store(Y + at, acc.to(Y.dtype.element_ty), mask=(m[None, :] < M) & (n[:, None] < out))
 
@@ -250,10 +279,10 @@ def _(x: Tensor, codes: Tensor, scales: Tensor, bits: int) -> Tensor:
 
 
 def _vector(x: Tensor, codes: Tensor, scales: Tensor, bits: int, y: Tensor) -> None:
-    out, chunks, groups = len(codes), codes.shape[1] // CHUNK, scales.shape[1]
-    tiles = triton.cdiv(out, VECTOR.block_n)
+    out, chunks, groups, v = len(codes), codes.shape[1] // CHUNK, scales.shape[1], VECTOR[bits]
+    tiles = triton.cdiv(out, v.block_n)
     wanted = PROGRAMS * launch.multiprocessors(x.device)
-    steps, splits = splits_of(triton.cdiv(chunks, VECTOR.block_c), tiles, wanted, 1)
+    steps, splits = splits_of(triton.cdiv(chunks, v.block_c), tiles, wanted, 1)
     sums = y if splits == 1 else x.new_empty(splits, out, dtype=torch.float32)
     quantised_vector_kernel[(tiles, splits)](
         x,
@@ -267,9 +296,10 @@ def _vector(x: Tensor, codes: Tensor, scales: Tensor, bits: int, y: Tensor) -> N
         steps,
         MAGIC,
         BITS=bits,
-        BLOCK_N=VECTOR.block_n,
-        BLOCK_C=VECTOR.block_c,
-        num_warps=VECTOR.warps,
+        BLOCK_N=v.block_n,
+        BLOCK_C=v.block_c,
+        STAGES=v.stages,
+        num_warps=1,
         **OPTIONS,
     )
     _join(sums, y)

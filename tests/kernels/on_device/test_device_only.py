@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import kernels
+from kernels import reference
 
 CUDA = torch.cuda.is_available()
 needs_cuda = pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
@@ -323,3 +324,19 @@ def gradients_of(function: Callable[..., Tensor | tuple[Tensor, ...]], leaves: l
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     gained = torch.autograd.grad(outputs, leaves, [torch.ones_like(o) if o.ndim == 0 else o.detach() for o in outputs])
     return [o.detach() for o in outputs if o.ndim] + list(gained)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("rows", [16, 64, 512, 2048] if CUDA else [16])
+def test_products_with_codes_again_and_again(bits: int, rows: int, device: torch.device) -> None:
+    """In full size, tiles of all sizes: the same bits every time, and right. (A race showed only there.)"""
+    out, width = (11008, 4096) if CUDA else (40, 64)
+    generator = torch.Generator(device).manual_seed(0)
+    codes = torch.randint(0, 256, (out, width * bits // 8), generator=generator, device=device, dtype=torch.uint8)
+    dtype = torch.bfloat16 if CUDA else torch.float32
+    x, scales = draw((rows, width), 1, device, dtype), draw((out, 1), 2, device, dtype)
+    first = kernels.quantised_linear(x, codes, scales, bits)
+    exact = x.float() @ reference.dequantise(codes, scales, bits, torch.float32).t()
+    assert (first.float() - exact).norm() <= 5e-3 * exact.norm()
+    for _ in range(RUNS // 5):
+        assert torch.equal(kernels.quantised_linear(x, codes, scales, bits), first)
