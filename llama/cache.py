@@ -9,6 +9,7 @@ that a cache goes through later changes a bit of what it holds.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,17 @@ SLACK = 64  # positions that a RaggedCache can go on, at least, before what live
 Held = tuple[Tensor, Tensor, Tensor | None, kernels.Scales | None]
 # Some positions of one row, as they are stored: (L, 2G, n, K), and where they are codes, their scales (L, 2G, n).
 Part = tuple[Tensor, ...]
+
+
+class Seen(NamedTuple):
+    """Some positions of a row in all layers, as views: keys and values (L, G, n, K)."""
+
+    keys: Tensor
+    values: Tensor
+
+    @property
+    def length(self) -> int:
+        return self.keys.shape[2]
 
 
 class KVCache:
@@ -83,18 +95,28 @@ class KVCache:
         """All that is stored; the fourth dimension is that of the positions."""
         return (self._kv,) if self._scales is None else (self._kv, self._scales)
 
-    def is_plain_row(self) -> bool:
-        """Whether next_position() can be asked for."""
-        return self.batch == 1 and self.first is None and self._kv.is_cpu and self._kv.dtype == torch.float32
+    def is_plain(self) -> bool:
+        """Whether next_positions() can be asked for."""
+        return self._kv.is_cpu and self._kv.dtype == torch.float32
 
-    def next_position(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """For each layer: where the row's next keys and values (2G, K) go; and all of them with it, (1, G, S, K) each.
+    def next_positions(self, common: int = 0) -> tuple[tuple[Tensor, ...], list[Seen], Seen | None]:
+        """For each layer, where the next keys and values (B, 2G, K) of all rows go; for each row, all with these.
 
+        common: positions that all rows begin with alike: the rows are given without them, and the first row's beside.
         Views, made for all layers at once: append() takes ten times as long. ValueError where the cache is full.
         """
         self._check_room(1)
-        keys, values = self._kv[..., : self.length + 1, :].chunk(2, 2)
-        return self._kv[:, 0, :, self.length].unbind(), keys.unbind(), values.unbind()
+        places = self._kv[:, : self.batch, :, self.length].unbind()
+        begins, end = self.begins(), self.length + 1
+        rows = [self._seen(row, begin + common, end) for row, begin in enumerate(begins)]
+        return places, rows, self._seen(0, begins[0], begins[0] + common) if common else None
+
+    def _seen(self, row: int, begin: int, end: int) -> Seen:
+        return Seen(*self._kv[:, row, :, begin:end].chunk(2, 1))
+
+    def begins(self) -> list[int]:
+        """The position at which each row begins."""
+        return [0] * self.batch if self.first is None else self.first.tolist()
 
     def _check_room(self, T: int) -> None:
         if (needed := self.length + T) > self.max_len:
@@ -197,6 +219,10 @@ class RaggedCache(KVCache):
         self.rows = rows
         self._begins: list[int] = []  # the same as `first`, without asking the device
         self._note()
+
+    def begins(self) -> list[int]:
+        """The position at which each row begins."""
+        return self._begins
 
     def join(self, source: KVCache, at: int, n: int) -> None:
         """A new last row: the n positions from `at` on of a cache of one row."""

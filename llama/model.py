@@ -156,7 +156,8 @@ class Llama(nn.Module):
         document, and positions restart in each. cache: the tokens follow what it holds, and it grows by them; with
         documents as well, these are (B, S), of what it holds and of the tokens.
         last_only: logits (B, 1, V) of the last token only, all that decoding needs of a prompt. only: logits (n, V) of
-        the tokens with these numbers (n,) among all B * T, all that scoring an answer needs. weigh(x (N, D), head
+        the tokens with these numbers (n,) among all B * T, all that scoring an answer needs; with none of them the head
+        is not read. weigh(x (N, D), head
         (V, D), targets (N,)): with targets, gives how much each token's loss counts, fp32 (N,), without gradient.
         """
         B, T = tokens.shape
@@ -175,6 +176,8 @@ class Llama(nn.Module):
             cache.advance(T)
         if only is not None:
             x = x.flatten(0, 1)[only]
+            if not len(x):
+                return x.new_empty(0, self.config.vocab_size)
         x = self.norm(x[:, -1:] if last_only else x)
         if targets is None:
             # A tied model has a head only where one was given to it to decode faster.
