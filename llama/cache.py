@@ -8,9 +8,11 @@ that a cache goes through later changes a bit of what it holds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ import kernels
 from llama.config import LlamaConfig
 
 SLACK = 64  # positions that a RaggedCache can go on, at least, before what lives is moved
+ALIGNED = 64  # bytes: a line of the CPU's cache
 
 # Keys, values, how many of them are there (see FixedCache), and where they are codes, the scales of both.
 Held = tuple[Tensor, Tensor, Tensor | None, kernels.Scales | None]
@@ -36,6 +39,16 @@ class Seen(NamedTuple):
         return self.keys.shape[2]
 
 
+def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """torch.zeros; on a CPU what is never touched takes no memory, and no time: 35 ms for 100 MB."""
+    if torch.device(device).type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.zeros(size + ALIGNED, np.uint8)  # pages of zeros from the system, where torch writes them itself
+    begin = -memory.ctypes.data % ALIGNED
+    return torch.from_numpy(memory[begin : begin + size]).view(dtype).view(*shape)
+
+
 class KVCache:
     """Preallocated keys and values of B rows and at most max_len positions, for every layer.
 
@@ -52,8 +65,8 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         shape = (config.n_layers, batch, 2 * (config.n_kv_heads // config.ranks), max_len, config.head_dim)
-        self._kv = torch.zeros(shape, device=device, dtype=dtype)
-        self._scales = torch.zeros(shape[:-1], device=device) if dtype == torch.int8 else None
+        self._kv = _zeros(shape, dtype, device)
+        self._scales = _zeros(shape[:-1], torch.float32, device) if dtype == torch.int8 else None
         self.batch = batch
         self.max_len = max_len
         self.length = 0  # positions filled, the same in every row
@@ -282,7 +295,8 @@ class RaggedCache(KVCache):
         if same:  # a layer at a time by way of a copy, for old and new place overlap
             targets, copies = sources, [torch.empty_like(t[0, : self.batch, :, old]) for t in sources]
         else:
-            targets = tuple(t.new_zeros(L, held, t.shape[2], width, *t.shape[4:]) for t in sources)
+            shapes = [(L, held, t.shape[2], width, *t.shape[4:]) for t in sources]
+            targets = tuple(_zeros(shape, t.dtype, t.device) for shape, t in zip(shapes, sources, strict=True))
         for i, (source, target) in enumerate(zip(sources, targets, strict=True)):
             for layer in range(L if live else 0):
                 part = source[layer, : self.batch, :, old]
