@@ -207,7 +207,7 @@ def main() -> None:
     p = report.parser(__doc__, shapes=["15m"], dtypes=["float32"], passes=3)
     p.set_defaults(threads=1)
     p.add_argument("--streams", type=int, default=16)
-    p.add_argument("--each", type=int, default=4, help="requests of a stream")
+    p.add_argument("--each", type=int, default=8, help="requests of a stream")
     args = p.parse_args()
     report.run(args, bench, "engine_cpu.json", streams=args.streams, each=args.each)
 
