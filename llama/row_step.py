@@ -9,6 +9,7 @@ choose.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -50,8 +51,7 @@ class RowStep:
         ]
         self._heads, self._groups, self._size = c.n_heads // c.ranks, c.n_kv_heads // c.ranks, c.head_dim
         self._swapped = torch.arange(c.head_dim).roll(c.head_dim // 2)
-        self._rotation: tuple[Tensor, Tensor] | None = None  # the model's, from which these are made:
-        self._cos = self._sin = torch.empty(0)
+        self._cos = self._sin = torch.empty(0)  # of the positions so far, and some more
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor, common: int = 0) -> Tensor:
@@ -61,54 +61,70 @@ class RowStep:
         """
         H, G, K, B = self._heads, self._groups, self._size, len(tokens)
         places, rows, shared = self.cache.next_positions(common)
-        attend = _Attention(rows, shared, G, H // G, K)
         cos, sin = self._turns([common + row.length - 1 for row in rows])
-        x = self._embed(tokens).view(B, -1)
+        x = self._embed(tokens)
+        if B == 1:
+            x, norm, attend = x.view(-1), self._norm_of_one, _of_one(rows[0], G, K)
+        else:
+            x, norm, attend = x.view(B, -1), self._norm_of_rows, _Attention(rows, shared, G, H // G, K)
         for i, (attn_norm, joined, o, mlp_norm, gate_up, down) in enumerate(self._layers):
-            heads = joined(self._rms_norm(x, attn_norm)).view(B, H + 2 * G, K)
+            heads = joined(norm(x, attn_norm)).view(B, H + 2 * G, K)
             turned = heads[:, : H + G]
             swapped = turned.index_select(2, self._swapped)
             turned.mul_(cos).addcmul_(swapped, sin)
             places[i].copy_(heads[:, H:])
             x = o(attend(i, heads[:, :H])).add_(x)
-            gate, up = gate_up(self._rms_norm(x, mlp_norm)).chunk(2, -1)
+            gate, up = gate_up(norm(x, mlp_norm)).chunk(2, -1)
             x = down(F.silu(gate, inplace=True).mul_(up)).add_(x)
         self.cache.advance(1)
-        return self._head(self._rms_norm(x, self._norm)).view(B, 1, -1)
+        return self._head(norm(x, self._norm)).view(B, 1, -1)
 
     def _turns(self, positions: list[int]) -> tuple[Tensor, Tensor]:
         """cos and sin (B, 1, K): rope(x) = x * cos + swapped(x) * sin, where swapped(a, b) is (b, a)."""
-        rotation = self._model.rotation(max(positions) + 1, torch.device("cpu"))
-        if rotation is not self._rotation:
-            cos, sin = self._rotation = rotation
+        if max(positions) >= len(self._cos):
+            cos, sin = self._model.rotation(max(positions) + 1, torch.device("cpu"))
             self._cos, self._sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
         if len(positions) == 1:
             return self._cos[positions[0]], self._sin[positions[0]]
         at = torch.tensor(positions)
         return self._cos[at][:, None], self._sin[at][:, None]
 
-    def _rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        """F.rms_norm of x (B, D), which is 8 operations: 15 us for one row."""
-        if len(x) == 1:
-            one = x.view(-1)
-            return (x * weight).mul_((torch.dot(one, one).item() / len(one) + self._eps) ** -0.5)
+    def _norm_of_one(self, x: Tensor, weight: Tensor) -> Tensor:
+        """F.rms_norm of x (D,): 8 operations, 15 us."""
+        scale = (torch.dot(x, x).item() / len(x) + self._eps) ** -0.5
+        return (x * weight).mul_(scale)
+
+    def _norm_of_rows(self, x: Tensor, weight: Tensor) -> Tensor:
+        """F.rms_norm of x (B, D)."""
         scale = (x * x).mean(-1, keepdim=True).add_(self._eps).rsqrt_()
         return (x * scale).mul_(weight)
 
 
+Attend = Callable[
+    [int, Tensor], Tensor
+]  # a layer's number and its queries (B, H, K) -> (B, H * K), of one row (H * K,)
+
+
+def _of_one(row: Seen, G: int, K: int) -> Attend:
+    """Attention of one query over all that its row holds."""
+    keys, values = (t.unsqueeze(1).unbind() for t in row)
+
+    def attend(layer: int, q: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q.view(1, G, -1, K), keys[layer], values[layer]).view(-1)
+
+    return attend
+
+
 class _Attention:
-    """Attention of one query a row over all that the rows hold, in all layers of one step.
+    """Attend: one query a row over all that several rows hold, in all layers of one step.
 
     Two small products for each row read no more than the row. What the rows share is read once for all: with 16 rows
     keys and values are more bytes than a cache of the CPU holds, and reading them is what takes the time.
     """
 
     def __init__(self, rows: list[Seen], shared: Seen | None, G: int, R: int, K: int) -> None:
-        """shared: what stands before each of the rows. R: query heads to one head of keys and values."""
+        """shared: what stands before what is in rows. R: query heads to one head of keys and values."""
         self._queries, self._scale = (len(rows), G, R, K), K**-0.5
-        if len(rows) == 1:
-            self._one = [t.unsqueeze(1).unbind() for t in rows[0]]
-            return
         self._rows = [_by_layer(row) for row in rows]
         self._shared = _by_layer(shared) if shared else None
         common = shared.length if shared else 0
@@ -119,13 +135,8 @@ class _Attention:
         self._own_scores = [s[..., own] for s, own in zip(self._scores, self._own, strict=True)]
 
     def __call__(self, layer: int, q: Tensor) -> Tensor:
-        """q (B, H, K); (B, H * K)."""
         B, G, R, K = self._queries
-        q = q.view(B, G, R, K)
-        if B == 1:
-            keys, values = self._one
-            return F.scaled_dot_product_attention(q, keys[layer], values[layer]).view(1, -1)
-        q = q * self._scale
+        q = (q * self._scale).view(B, G, R, K)
         if self._shared:
             scores = torch.bmm(q.transpose(0, 1).reshape(G, B * R, K), self._shared[0][layer])
             self._scores[..., self._first] = scores.view(G, B, R, -1).transpose(0, 1)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama.sampling import NotFinite, Sampler, SamplingParams
+from llama.sampling import NotFinite, Sampler, SamplingParams, _largest
 
 OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 
@@ -289,6 +289,56 @@ def test_presence_and_frequency_penalties_are_openais(
         drawn = sampler(logits).tolist()
         assert drawn[1] == int(neighbour(logits[1:]))
         counts[drawn[0]] += 1
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_penalties_hit_what_each_row_has_seen_and_nothing_else(data: st.DataObject) -> None:
+    """Rows that join, go on and leave, against the definition row by row."""
+    V = 9
+    sampler, rows = Sampler([], []), []  # of each row: its penalty, what it has seen
+    for _ in range(data.draw(st.integers(1, 12))):
+        what = data.draw(st.sampled_from(["join", "join", "go on", "go on", "leave"]))
+        if what == "join":
+            penalty, asked = data.draw(st.sampled_from([1.0, 1.3, 2.0])), data.draw(st.booleans())
+            prompt = data.draw(st.lists(st.integers(0, V - 1), max_size=6))
+            sampler.join(params(repetition_penalty=penalty, penalize_prompt=asked), prompt)
+            rows.append((penalty, set(prompt if asked else ())))
+        elif rows and what == "leave":
+            at = data.draw(st.integers(0, len(rows) - 1))
+            sampler.leave(at)
+            last = rows.pop()
+            if at < len(rows):
+                rows[at] = last
+        elif rows:
+            logits = torch.randn(len(rows), V, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 9))))
+            want = logits.clone()
+            for i, (penalty, seen) in enumerate(rows):
+                for token in seen:
+                    want[i, token] *= penalty if want[i, token] < 0 else 1 / penalty
+            torch.testing.assert_close(sampler.adjust(logits), want)
+            for (_, seen), token in zip(rows, sampler(logits).tolist(), strict=True):
+                seen.add(token)
+
+
+@given(
+    n=st.integers(1, 3000),
+    k=st.integers(1, 60),
+    rows=st.integers(1, 3),
+    levels=st.sampled_from([1, 2, 30, 10**6]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=100, deadline=None)
+def test_the_largest_are_topks(n: int, k: int, rows: int, levels: int, seed: int) -> None:
+    """Also where many are equal; -inf and NaN where topk has them."""
+    x = torch.randint(levels, (rows, n), generator=torch.Generator().manual_seed(seed)).float()
+    x[:, ::7] = -math.inf
+    x[0, seed % n] = math.nan if seed % 3 == 0 else 0.5
+    k = min(k, n)
+    values, ids = _largest(x, k)
+    torch.testing.assert_close(values, x.topk(k).values, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(values, x.gather(1, ids), rtol=0, atol=0, equal_nan=True)
+    assert all(len(set(row)) == k for row in ids.tolist())
 
 
 @pytest.mark.parametrize("name", ["presence_penalty", "frequency_penalty"])
