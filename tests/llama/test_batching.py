@@ -489,6 +489,18 @@ TestTraffic = Traffic.TestCase
 TestTraffic.settings = settings(max_examples=100, stateful_step_count=25, deadline=None)
 
 
+class TrafficOfRows(Traffic):
+    """The same through steps of rows, where memory runs out while prompts are read."""
+
+    model = build_poisoned(Traffic.tokenizer, kind=Hungry)
+    lay_out_for_decoding(model)
+    known: ClassVar[dict[str, Answer]] = {}
+
+
+TestTrafficOfRows = TrafficOfRows.TestCase
+TestTrafficOfRows.settings = settings(max_examples=50, stateful_step_count=25, deadline=None)
+
+
 # --- the cache ---
 
 
