@@ -375,6 +375,22 @@ def test_logprobs_are_the_models_own_before_any_filter() -> None:
         assert [v for _, v in said.top] == pytest.approx(values.tolist(), abs=1e-6)
 
 
+def test_logits_are_left_as_they_were() -> None:
+    """After a choice with a ban and every penalty, and after one that came to nothing."""
+    settings = [params(repetition_penalty=1.5, penalize_prompt=True), params(top_k=3, repetition_penalty=2.0)]
+    for changes in ({}, {"presence_penalty": 1.0, "frequency_penalty": 0.5}):
+        sampler = Sampler([*settings, params(**changes)], [[4, 5]] * 3, vocab_size=18, banned=[0, 1])
+        logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
+        before = logits.clone()
+        for _ in range(5):
+            sampler(logits)
+            assert torch.equal(logits, before)
+        logits[1, 7] = before[1, 7] = math.inf
+        with pytest.raises(NotFinite):
+            sampler(logits)
+        assert torch.equal(logits, before)
+
+
 def test_damaged_rows_are_named_before_any_draws() -> None:
     logits = torch.randn(3, 9, generator=torch.Generator().manual_seed(0))
     sampler, other = (Sampler([params(seed=i) for i in range(3)], [[]] * 3) for _ in range(2))
