@@ -156,9 +156,9 @@ class Llama(nn.Module):
         document, and positions restart in each. cache: the tokens follow what it holds, and it grows by them; with
         documents as well, these are (B, S), of what it holds and of the tokens.
         last_only: logits (B, 1, V) of the last token only, all that decoding needs of a prompt. only: logits (n, V) of
-        the tokens with these numbers (n,) among all B * T, all that scoring an answer needs; with none of them the head
-        is not read. weigh(x (N, D), head
-        (V, D), targets (N,)): with targets, gives how much each token's loss counts, fp32 (N,), without gradient.
+        the tokens with these numbers (n,) among all B * T, all that scoring an answer needs; where there are none, the
+        head is not read. weigh(x (N, D), head (V, D), targets (N,)): with targets, gives how much each token's loss
+        counts, fp32 (N,), without gradient.
         """
         B, T = tokens.shape
         x = self.embed(tokens)
