@@ -131,6 +131,7 @@ def _load(args: argparse.Namespace, path: Path, service: Service) -> tuple[Docto
     """The model and what runs it."""
     import torch
 
+    from data import triage
     from llama import checkpoint, placement
     from llama.engine import Engine
     from llama.generation import Doctor
@@ -154,6 +155,8 @@ def _load(args: argparse.Namespace, path: Path, service: Service) -> tuple[Docto
 
         database = Path(args.diseases).expanduser()
         service.grounding = grounding.beside(database, doctor.tokenizer, doctor.chat_format, doctor.place(), cards=True)
+    if service.triage:
+        triage.load()  # 0.1 s that the first request need not wait
     print(doctor.describe(), file=sys.stderr, flush=True)
     return doctor, Engine(doctor, args.rows, args.queue)
 

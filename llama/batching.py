@@ -19,16 +19,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llama import row_step
 from llama.cache import Part, RaggedCache
 from llama.chat import ChatFormat, Dialogue, Message, render
 from llama.generation import CHUNK, Answer, Request, limits, new_cache, room_for
 from llama.model import Llama
 from llama.prefixes import Prefixes, as_array, shared
+from llama.row_step import RowStep
 from llama.sampling import NotFinite, Sampler, SamplingParams, TokenLogprobs
 from llama.tokenizer import Tokenizer
 
 ROWS = 32  # answers side by side
 WORTH = 16  # ids known already for which a prompt is read in a pass of its own: about what a pass costs in tokens
+ALIKE, ALIKE_ROWS = 32, 4  # ids and rows from which on what all begin with is read once for all
 OUT_OF_MEMORY = "there is not enough memory for this answer beside the others; ask for less at a time"
 
 
@@ -82,8 +85,11 @@ class Batch:
         self._limits = limits(tokenizer)
         self._sampler = Sampler([], [], weight.device, self._limits["vocab_size"], self._limits["banned"])
         self._cache = RaggedCache(model.config, rows, weight.device, cache_dtype or weight.dtype)
+        self._step = RowStep(model, self._cache) if row_step.takes(model, self._cache) else None
         self._desk = new_cache(model, 1, 0, cache_dtype)  # where prompts are read
+        self._nothing = torch.empty(0, dtype=torch.int64, device=weight.device)  # tokens of a prompt whose logits count
         self._waiting: deque[Answer] = deque()  # of the first, the desk may hold a beginning
+        self._alike: int | None = 0  # see _common(); None: not known
         self._open: list[_Row] = []  # in the order of the cache's and the sampler's rows
 
     def __len__(self) -> int:
@@ -217,6 +223,7 @@ class Batch:
             self._sampler.leave(len(self._open))
             raise
         self._open.append(_Row(answer, request.prompt[-1], room, read))
+        self._alike = None
 
     def _run(self, tokens: list[int], starts: list[int]) -> None:
         """Append tokens to the desk, where position i may see those from starts[i] on."""
@@ -226,7 +233,7 @@ class Batch:
         start = torch.tensor([starts], dtype=torch.int32, device=self._device)
         documents = (start, torch.full_like(start, S))
         row = torch.tensor([tokens], device=self._device)
-        self._model(row, documents=documents, cache=self._desk, last_only=True)
+        self._model(row, documents=documents, cache=self._desk, only=self._nothing)
 
     def _write(self) -> list[Event]:
         events: list[Event] = []
@@ -235,7 +242,10 @@ class Batch:
         try:
             self._cache.reserve(1)
             held = self._cache.length
-            logits = self._model(tokens, cache=self._cache, last_only=True)[:, -1]
+            if self._step:
+                logits = self._step(tokens, self._common())[:, -1]
+            else:
+                logits = self._model(tokens, cache=self._cache, last_only=True)[:, -1]
             drawn, logits = self._draw(logits, events)
         except (RuntimeError, MemoryError) as e:
             why = _trouble(e)
@@ -260,6 +270,14 @@ class Batch:
         for i in reversed(ended):  # from the last on: a row that closes is replaced by one that was seen
             self._close(i)
         return events
+
+    def _common(self) -> int:
+        """With how many ids all rows begin alike, where that saves enough of reading them."""
+        if self._alike is None:
+            first = self._open[0].read
+            n = min(shared(first, row.read) for row in self._open)
+            self._alike = n if n >= ALIKE and len(self._open) >= ALIKE_ROWS else 0
+        return self._alike
 
     def _draw(self, logits: Tensor, events: list[Event]) -> tuple[list[int], Tensor]:
         """The next tokens of the rows, and their logits; the answers of rows without finite ones fail first."""
@@ -286,6 +304,7 @@ class Batch:
                 self._prefixes.clear()
         self._cache.leave(row, wipe=failed)
         self._sampler.leave(row)
+        self._alike = None
         last = self._open.pop()
         if row < len(self._open):
             self._open[row] = last

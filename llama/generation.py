@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from llama import few_rows, one_row
+from llama import few_rows, row_step
 from llama.attendant import Attendant, Command
 from llama.cache import KVCache
 from llama.chat import ChatFormat, Dialogue, Message, fit
 from llama.fixed_step import FixedStep, can_capture
 from llama.model import Llama
-from llama.one_row import OneRow
 from llama.quantize import QuantisedLinear, Scheme, nearest
+from llama.row_step import RowStep
 from llama.sampling import Sampler, SamplingParams
 from llama.tokenizer import Tokenizer
 
@@ -167,14 +167,14 @@ class Doctor:
 class Context:
     """What a model has read in one conversation: the ids and their KV cache, which grows as needed.
 
-    Single tokens run as a CUDA graph or a OneRow where that is possible, or compiled where that is asked for.
+    Single tokens run as a CUDA graph or a RowStep where that is possible, or compiled where that is asked for.
     """
 
     def __init__(self, model: Llama, compiled: bool = False, cache_dtype: torch.dtype | None = None) -> None:
         self.model = model
         self.compiled = compiled
         self.cache_dtype = cache_dtype
-        self._step: FixedStep | OneRow | None = None
+        self._step: FixedStep | RowStep | None = None
         self.ids: list[int] = []
         self.cache: KVCache | None = None
         self.reused = 0  # ids of the latest prompt that did not have to be run
@@ -210,8 +210,8 @@ class Context:
             return self._step
         if self.compiled or can_capture(self.model):
             self._step = FixedStep(self.model, cache, self.compiled)
-        elif one_row.takes(self.model, cache):
-            self._step = OneRow(self.model, cache)
+        elif row_step.takes(self.model, cache):
+            self._step = RowStep(self.model, cache)
         else:
             return lambda tokens: self.model(tokens, cache=cache, last_only=True)
         return self._step

@@ -166,8 +166,9 @@ class Llama(nn.Module):
         them, and in each branch positions go on from the fork. cache: the tokens follow what it holds, and it grows by
         them; with documents as well, these are (B, S), of what it holds and of the tokens.
         last_only: logits (B, 1, V) of the last token only, all that decoding needs of a prompt. only: logits (n, V) of
-        the tokens with these numbers (n,) among all B * T, all that scoring an answer needs. weigh(x (N, D), head
-        (V, D), targets (N,)): with targets, gives how much each token's loss counts, fp32 (N,), without gradient.
+        the tokens with these numbers (n,) among all B * T, all that scoring an answer needs; where there are none, the
+        head is not read. weigh(x (N, D), head (V, D), targets (N,)): with targets, gives how much each token's loss
+        counts, fp32 (N,), without gradient.
         """
         B, T = tokens.shape
         x = self.embed(tokens)
@@ -183,6 +184,8 @@ class Llama(nn.Module):
             x = layer(x, rotation, documents, memory, only if i == len(self.layers) - 1 else None)
         if cache is not None:
             cache.advance(T)
+        if only is not None and not len(x):
+            return x.new_empty(0, self.config.vocab_size)
         x = self.norm(x[:, -1:] if last_only else x)
         if targets is None:
             # A tied model has a head only where one was given to it to decode faster.

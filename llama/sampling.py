@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 MOST_TOP_LOGPROBS = 20
+GROUP = 64  # logits whose largest is looked at first
 
 
 class NotFinite(ValueError):
@@ -119,13 +120,10 @@ class Sampler:
         """One entry of params and prompts per row. Ids in `banned` and ids from `vocab_size` on are never chosen."""
         self.vocab_size = vocab_size
         self._device = device
-        # Where to look for the tokens seen would wait for the device, and where to touch all tokens is no work.
-        self._everywhere = torch.device(device).type == "cuda"
         self._banned = torch.tensor(sorted(set(banned)), dtype=torch.int64, device=device) if banned else None
         self._rows: list[SamplingParams] = []
         self._generators: list[torch.Generator] = []
-        self._punished: list[Sequence[int]] = []
-        self._seen: Tensor | None = None  # (B, V) tokens that the penalty applies to; made when V is known
+        self._seen = _Seen(device)  # what the repetition penalty applies to
         self._counts: Tensor | None = None  # (B, V) fp32: how often they stand in the answer; made when it is asked for
         for p, prompt in zip(params, prompts, strict=True):
             self._add(p, prompt)
@@ -133,36 +131,30 @@ class Sampler:
 
     def join(self, params: SamplingParams, prompt: Sequence[int]) -> None:
         """A new last row. Memory is taken before anything has changed."""
-        punished = _punished(params, prompt)
-        seen, counts = self._seen, self._counts
-        if seen is not None:
-            seen = torch.cat((seen, self._seen_at_first([punished], seen)))
+        counts = self._counts
         if counts is not None:
             counts = torch.cat((counts, torch.zeros_like(counts[:1])))
-        self._seen, self._counts = seen, counts
         self._add(params, prompt)
+        self._counts = counts
         self._arrange()
 
     def leave(self, row: int) -> None:
         """Forget a row; the last one takes its place."""
-        for kept in (self._rows, self._generators, self._punished):
+        for kept in (self._rows, self._generators):
             last = kept.pop()
             if row < len(kept):
                 kept[row] = last
-        self._seen, self._counts = self._without(self._seen, row), self._without(self._counts, row)
+        self._seen.leave(row)
+        if self._counts is not None:
+            if row < len(self._rows):
+                self._counts[row] = self._counts[-1]
+            self._counts = self._counts[:-1] if self._rows else None
         self._arrange()
 
-    def _without(self, kept: Tensor | None, row: int) -> Tensor | None:
-        if kept is None or not self._rows:
-            return None
-        if row < len(self._rows):
-            kept[row] = kept[-1]
-        return kept[:-1]
-
     def _add(self, params: SamplingParams, prompt: Sequence[int]) -> None:
+        self._seen.join(prompt if params.penalize_prompt else ())
         self._rows.append(params)
         self._generators.append(torch.Generator().manual_seed(_seed(params)))
-        self._punished.append(_punished(params, prompt))
 
     def _arrange(self) -> None:
         """Settings as columns (B, 1), or None where every row has the filter off."""
@@ -190,23 +182,33 @@ class Sampler:
     @torch.inference_mode()
     def __call__(self, logits: Tensor) -> Tensor:
         """Next tokens (B,) int64 for logits (B, V), which are left as they are. NotFinite before any row draws."""
-        x = self.adjust(logits)
-        if self._greedy:
-            top, tokens = x.max(-1)
-            _check_finite(top)
-        else:
-            values, ids = self.candidates(x)
-            if ids is None:
-                tokens = self._draw(values)[:, 0]
-            else:
-                # Draw in the order of the vocabulary always: a row must not notice that its neighbours need sorting.
-                ids, order = ids.sort()
-                tokens = ids.gather(1, self._draw(values.gather(1, order)))[:, 0]
-        if self._seen is not None:
-            self._seen.scatter_(1, tokens[:, None], True)
+        x = logits[:, : self.vocab_size].float()
+        if self._presence is not None or self._frequency is not None:
+            x = x.clone()
+        ids = self._touched(len(x))
+        before = x.gather(1, ids)
+        try:
+            tokens = self._choose(self._adjust(x))
+        finally:
+            x.scatter_(1, ids, before)  # a copy of all takes longer: 0.1 to 0.3 ms of (16, 32000), by what is cached
+        if self._penalty is not None:
+            self._seen.add(tokens)
         if self._counts is not None:
             self._counts.scatter_add_(1, tokens[:, None], torch.ones_like(self._counts[:, :1]))
         return tokens
+
+    def _choose(self, x: Tensor) -> Tensor:
+        """Tokens (B,) for adjusted logits."""
+        if self._greedy:
+            top, tokens = x.max(-1)
+            _check_finite(top)
+            return tokens
+        values, ids = self.candidates(x)
+        if ids is None:
+            return self._draw(values)[:, 0]
+        # Draw in the order of the vocabulary always: a row must not notice that its neighbours need sorting.
+        ids, order = ids.sort()
+        return ids.gather(1, self._draw(values.gather(1, order)))[:, 0]
 
     @torch.inference_mode()
     def logprobs(self, logits: Tensor, tokens: Sequence[int]) -> dict[int, TokenLogprobs]:
@@ -223,26 +225,23 @@ class Sampler:
         """A sampler in the same state: it draws what this one would draw next, and this one does not notice."""
         other = copy.copy(self)
         other._generators = [g.clone_state() for g in self._generators]
-        other._seen = None if self._seen is None else self._seen.clone()
+        other._seen = self._seen.fork()
         other._counts = None if self._counts is None else self._counts.clone()
         return other
 
     def adjust(self, logits: Tensor) -> Tensor:
         """fp32 logits after the ban and the penalties."""
-        x = logits[:, : self.vocab_size].float()
+        return self._adjust(logits[:, : self.vocab_size].float().clone())
+
+    def _adjust(self, x: Tensor) -> Tensor:
+        """adjust(), in place."""
         if self._banned is not None:
-            x = x.index_fill(1, self._banned, -math.inf)
+            x.index_fill_(1, self._banned, -math.inf)
         if self._penalty is not None:
-            if self._seen is None:
-                self._seen = self._seen_at_first(self._punished, x)
-            if self._everywhere:
-                punished = torch.where(x < 0, x * self._penalty, x / self._penalty)
-                x = torch.where(self._seen, punished, x)
-            else:
-                # Few tokens have been seen: (32, 32000) takes 0.8 ms so, and 8 the other way (a core of an EPYC).
-                rows, ids = self._seen.nonzero(as_tuple=True)
-                seen, penalty = x[rows, ids], self._penalty[rows, 0]
-                x = x.index_put((rows, ids), torch.where(seen < 0, seen * penalty, seen / penalty))
+            # Few tokens have been seen: (32, 32000) takes 0.2 ms so, and 8 by torch.where over all (a core of an EPYC).
+            ids, penalty = self._seen.ids, self._seen.where_any(self._penalty)
+            seen = x.gather(1, ids)
+            x.scatter_(1, ids, torch.where(seen < 0, seen * penalty, seen / penalty))
         if self._presence is not None or self._frequency is not None:
             if self._counts is None:
                 self._counts = torch.zeros_like(x)
@@ -252,15 +251,15 @@ class Sampler:
                 less += self._presence[rows, 0]
             if self._frequency is not None:
                 less += self._frequency[rows, 0] * self._counts[rows, ids]
-            x = x.index_put((rows, ids), -less, accumulate=True)
+            x.index_put_((rows, ids), -less, accumulate=True)
         return x
 
-    @staticmethod
-    def _seen_at_first(punished: Sequence[Sequence[int]], like: Tensor) -> Tensor:
-        seen = torch.zeros(len(punished), like.shape[1], dtype=torch.bool, device=like.device)
-        for row, ids in zip(seen, punished, strict=True):
-            row[list(ids)] = True
-        return seen
+    def _touched(self, rows: int) -> Tensor:
+        """Ids (B, n) of all logits that the ban and the repetition penalty change."""
+        ids = self._seen.ids if self._penalty is not None else self._seen.ids[:, :0]
+        if self._banned is not None:
+            ids = torch.cat((self._banned.expand(rows, -1), ids), 1)
+        return ids
 
     def candidates(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Adjusted logits -> scaled logits (B, C) with -inf where a filter struck, and their ids (B, C).
@@ -270,7 +269,7 @@ class Sampler:
         ids = None
         if self._sorted:
             C = min(self._n_candidates or x.shape[1], x.shape[1])
-            x, ids = x.topk(C)
+            x, ids = _largest(x, C)
         if self._temperature is not None:
             x = x / self._temperature
         _check_finite(x[:, 0] if self._sorted else x.amax(-1))
@@ -296,8 +295,73 @@ class Sampler:
         return torch.searchsorted(cumulative, x, right=True)
 
 
-def _punished(params: SamplingParams, prompt: Sequence[int]) -> Sequence[int]:
-    return prompt if params.penalize_prompt else ()
+class _Seen:
+    """For each row the ids that its repetition penalty applies to, in one table: a look at all logits costs more.
+
+    A row's own ids stand last. What stands before them changes nothing: the first of them again, or in a row that has
+    none yet, 0.
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.ids = torch.zeros(0, 0, dtype=torch.int64, device=device)
+        self._counts: list[int] = []  # how many of a row are its own
+
+    def where_any(self, penalty: Tensor) -> Tensor:
+        """The rows' penalties (B, 1), 1 where nothing has been seen yet."""
+        return penalty if all(self._counts) else penalty.masked_fill(self._bare(), 1.0)
+
+    def join(self, own: Sequence[int]) -> None:
+        """A new last row."""
+        own = sorted(set(own))
+        table = self.ids
+        if (more := len(own) - table.shape[1]) > 0:
+            first = table[:, :1] if table.shape[1] else table.new_zeros(len(table), 1)
+            table = torch.cat((first.expand(-1, more), table), 1)
+        row = [own[0] if own else 0] * (table.shape[1] - len(own)) + own
+        self.ids = torch.cat((table, table.new_tensor([row])))
+        self._counts.append(len(own))
+
+    def leave(self, row: int) -> None:
+        """Forget a row; the last one takes its place."""
+        last = self._counts.pop()
+        rows = list(range(len(self._counts)))
+        if row < len(rows):
+            rows[row], self._counts[row] = len(rows), last
+        self.ids = self.ids[rows, self.ids.shape[1] - max(self._counts, default=0) :]
+
+    def add(self, tokens: Tensor) -> None:
+        """One more id in every row (B,)."""
+        ids, token = self.ids, tokens[:, None]
+        if not all(self._counts):
+            ids = torch.where(self._bare(), token, ids)
+        self.ids = torch.cat((ids, token), 1)
+        self._counts = [n + 1 for n in self._counts]
+
+    def fork(self) -> _Seen:
+        """The same again; what is added to one does not reach the other."""
+        other = copy.copy(self)  # every change makes a new table
+        other._counts = [*self._counts]
+        return other
+
+    def _bare(self) -> Tensor:
+        return torch.tensor([not n for n in self._counts], device=self.ids.device)[:, None]
+
+
+def _largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """x.topk(k) of the last dimension of x (B, V): what is among the k largest is in one of the k best groups.
+
+    (16, 32000), k 50, one thread of an EPYC (Zen 5): 0.36 ms instead of 0.55.
+    """
+    groups = x.shape[1] // GROUP
+    if not x.is_cpu or groups < 4 * k:
+        return x.topk(k)
+    # Number j is in group j % groups: a maximum over the first of two dimensions reads whole lines.
+    parts = x[:, : GROUP * groups].view(-1, GROUP, groups)
+    best = parts.amax(1).topk(k, sorted=False).indices
+    rest = torch.arange(GROUP * groups, x.shape[1]).expand(len(x), -1)
+    ids = torch.cat(((best[:, None] + groups * torch.arange(GROUP)[:, None]).flatten(1), rest), 1)
+    values, at = x.gather(1, ids).topk(k)
+    return values, ids.gather(1, at)
 
 
 def _seed(params: SamplingParams) -> int:

@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from llama.batching import OUT_OF_MEMORY, WORTH, Batch, answer_batch
+from llama.batching import ALIKE, ALIKE_ROWS, OUT_OF_MEMORY, WORTH, Batch, answer_batch
 from llama.cache import KVCache, RaggedCache
 from llama.config import LlamaConfig
-from llama.generation import Answer, Request
+from llama.generation import Answer, Request, lay_out_for_decoding
 from llama.model import Llama
 from llama.prefixes import Prefixes
+from llama.row_step import RowStep
 from llama.sampling import SamplingParams
 from llama.tokenizer import Tokenizer, train_tokenizer
 
@@ -40,6 +41,14 @@ def model(small_tokenizer: Tokenizer) -> Llama:
     return build(small_tokenizer)
 
 
+@pytest.fixture(scope="module")
+def laid_out(small_tokenizer: Tokenizer) -> Llama:
+    """The same, with steps of rows in few operations."""
+    model = build(small_tokenizer)
+    lay_out_for_decoding(model)
+    return model
+
+
 def ids(n: int, seed: int) -> list[int]:
     return torch.randint(3, POISON, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
 
@@ -58,13 +67,20 @@ def same(a: Answer, b: Answer) -> bool:
 # --- answers ---
 
 
-@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("kind", ["attention by row", "attention masked", "steps of rows"])
 @pytest.mark.parametrize(("rows", "budget"), [(1, 256), (3, 16), (32, 7), (8, 10_000)])
 def test_a_batch_answers_as_each_alone(
-    rows: int, budget: int, separate: bool, model: Llama, small_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    rows: int,
+    budget: int,
+    kind: str,
+    model: Llama,
+    laid_out: Llama,
+    small_tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Prompts of 1 to 300 ids, greedy and sampled, ended by length, context, stop text or EOS."""
-    monkeypatch.setattr("kernels.reference.CALL", 0 if separate else 10**9)
+    monkeypatch.setattr("kernels.reference.CALL", 0 if kind == "attention by row" else 10**9)
+    model = laid_out if kind == "steps of rows" else model
     lengths = (1, 300, 2, 77, 16, 17, 130, 1, 7, 8, 395)
     requests = [
         Request(
@@ -84,6 +100,33 @@ def test_a_batch_answers_as_each_alone(
     for answer, request in zip(answers, requests, strict=True):
         assert same(answer, alone(model, small_tokenizer, request))
         assert pieces[answer] == answer.text
+
+
+@pytest.mark.parametrize("kept", [None, 10**7])
+def test_what_rows_begin_with_is_read_once_for_all(
+    kept: int | None, laid_out: Llama, small_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that share 40 or 55 ids, then one that does not, then again; the answers are those alone."""
+    seen: list[tuple[int, int]] = []
+    step = RowStep.__call__
+
+    def watched(self: RowStep, tokens: torch.Tensor, common: int = 0) -> torch.Tensor:
+        seen.append((len(tokens), common))
+        return step(self, tokens, common)
+
+    monkeypatch.setattr(RowStep, "__call__", watched)
+    batch = Batch(laid_out, small_tokenizer, 6, prefixes=None if kept is None else Prefixes(9, kept))
+    prompts = [[*ids(40, 0), *ids(15, 1), *ids(3 + i, 2 + i)] for i in range(4)]
+    prompts += [[*ids(40, 0), *ids(5 + i, 20 + i)] for i in range(4)]
+    prompts += [ids(9, 30), *prompts[:5]]
+    sampled = SamplingParams(temperature=0.8, seed=5)
+    requests = [Request(p, sampled if i % 3 == 1 else GREEDY, 4 + 3 * (i % 4)) for i, p in enumerate(prompts)]
+    answers = finish(batch, *requests)
+    monkeypatch.undo()
+    assert all(same(a, alone(laid_out, small_tokenizer, a.request)) for a in answers)
+    assert {common for _, common in seen} >= {0, 40}
+    assert all(rows >= ALIKE_ROWS and common >= ALIKE for rows, common in seen if common)
+    assert any(rows >= ALIKE_ROWS and not common for rows, common in seen)
 
 
 def test_answers_keep_the_order_of_the_requests(model: Llama, small_tokenizer: Tokenizer) -> None:
@@ -444,6 +487,18 @@ class Traffic(RuleBasedStateMachine):
 
 TestTraffic = Traffic.TestCase
 TestTraffic.settings = settings(max_examples=100, stateful_step_count=25, deadline=None)
+
+
+class TrafficOfRows(Traffic):
+    """The same through steps of rows, where memory runs out while prompts are read."""
+
+    model = build_poisoned(Traffic.tokenizer, kind=Hungry)
+    lay_out_for_decoding(model)
+    known: ClassVar[dict[str, Answer]] = {}
+
+
+TestTrafficOfRows = TrafficOfRows.TestCase
+TestTrafficOfRows.settings = settings(max_examples=50, stateful_step_count=25, deadline=None)
 
 
 # --- the cache ---

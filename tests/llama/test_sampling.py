@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama.sampling import NotFinite, Sampler, SamplingParams
+from llama.sampling import NotFinite, Sampler, SamplingParams, _largest
 
 OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 
@@ -119,18 +119,6 @@ def test_penalty_follows_the_answer() -> None:
     sampler = Sampler([params(temperature=0.0, repetition_penalty=2.0)], [[]])
     logits = torch.tensor([[2.0, 1.5, 1.2]])
     assert [int(sampler(logits)) for _ in range(4)] == [0, 1, 2, 0]  # 2.0 / 2 = 1.0 falls behind 1.5, then 1.2
-
-
-def test_the_penalty_is_the_same_bits_where_all_tokens_are_touched() -> None:
-    params = [SamplingParams(temperature=0.0, repetition_penalty=p, penalize_prompt=True) for p in (1.3, 1.0, 0.7)]
-    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
-    logits[:, :2] = torch.tensor([0.0, -torch.inf])
-    found = []
-    for everywhere in (False, True):
-        sampler = Sampler(params, [[0, 1, 2, 7], [3], [4, 5, 5]])
-        sampler._everywhere = everywhere
-        found.append([sampler.adjust(logits), sampler(logits), sampler.adjust(logits)])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_greedy_is_the_argmax_and_leaves_the_logits_alone() -> None:
@@ -303,6 +291,56 @@ def test_presence_and_frequency_penalties_are_openais(
         counts[drawn[0]] += 1
 
 
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_penalties_hit_what_each_row_has_seen_and_nothing_else(data: st.DataObject) -> None:
+    """Rows that join, go on and leave, against the definition row by row."""
+    V = 9
+    sampler, rows = Sampler([], []), []  # of each row: its penalty, what it has seen
+    for _ in range(data.draw(st.integers(1, 12))):
+        what = data.draw(st.sampled_from(["join", "join", "go on", "go on", "leave"]))
+        if what == "join":
+            penalty, asked = data.draw(st.sampled_from([1.0, 1.3, 2.0])), data.draw(st.booleans())
+            prompt = data.draw(st.lists(st.integers(0, V - 1), max_size=6))
+            sampler.join(params(repetition_penalty=penalty, penalize_prompt=asked), prompt)
+            rows.append((penalty, set(prompt if asked else ())))
+        elif rows and what == "leave":
+            at = data.draw(st.integers(0, len(rows) - 1))
+            sampler.leave(at)
+            last = rows.pop()
+            if at < len(rows):
+                rows[at] = last
+        elif rows:
+            logits = torch.randn(len(rows), V, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 9))))
+            want = logits.clone()
+            for i, (penalty, seen) in enumerate(rows):
+                for token in seen:
+                    want[i, token] *= penalty if want[i, token] < 0 else 1 / penalty
+            torch.testing.assert_close(sampler.adjust(logits), want)
+            for (_, seen), token in zip(rows, sampler(logits).tolist(), strict=True):
+                seen.add(token)
+
+
+@given(
+    n=st.integers(1, 3000),
+    k=st.integers(1, 60),
+    rows=st.integers(1, 3),
+    levels=st.sampled_from([1, 2, 30, 10**6]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=100, deadline=None)
+def test_the_largest_are_topks(n: int, k: int, rows: int, levels: int, seed: int) -> None:
+    """Also where many are equal; -inf and NaN where topk has them."""
+    x = torch.randint(levels, (rows, n), generator=torch.Generator().manual_seed(seed)).float()
+    x[:, ::7] = -math.inf
+    x[0, seed % n] = math.nan if seed % 3 == 0 else 0.5
+    k = min(k, n)
+    values, ids = _largest(x, k)
+    torch.testing.assert_close(values, x.topk(k).values, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(values, x.gather(1, ids), rtol=0, atol=0, equal_nan=True)
+    assert all(len(set(row)) == k for row in ids.tolist())
+
+
 @pytest.mark.parametrize("name", ["presence_penalty", "frequency_penalty"])
 @pytest.mark.parametrize("value", [2.1, -2.1, math.nan, "much", None, True])
 def test_penalties_out_of_range_name_themselves(name: str, value: object) -> None:
@@ -335,6 +373,22 @@ def test_logprobs_are_the_models_own_before_any_filter() -> None:
         values, ids = p[row].topk(rows[row].top_logprobs)
         assert [i for i, _ in said.top] == ids.tolist()
         assert [v for _, v in said.top] == pytest.approx(values.tolist(), abs=1e-6)
+
+
+def test_logits_are_left_as_they_were() -> None:
+    """After a choice with a ban and every penalty, and after one that came to nothing."""
+    settings = [params(repetition_penalty=1.5, penalize_prompt=True), params(top_k=3, repetition_penalty=2.0)]
+    for changes in ({}, {"presence_penalty": 1.0, "frequency_penalty": 0.5}):
+        sampler = Sampler([*settings, params(**changes)], [[4, 5]] * 3, vocab_size=18, banned=[0, 1])
+        logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
+        before = logits.clone()
+        for _ in range(5):
+            sampler(logits)
+            assert torch.equal(logits, before)
+        logits[1, 7] = before[1, 7] = math.inf
+        with pytest.raises(NotFinite):
+            sampler(logits)
+        assert torch.equal(logits, before)
 
 
 def test_damaged_rows_are_named_before_any_draws() -> None:

@@ -1,4 +1,4 @@
-"""llama/one_row.py: the logits and the cache of model.py's modules, and only where they can be had."""
+"""llama/row_step.py: the logits and the cache of model.py's modules, and only where they can be had."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from llama import few_rows
-from llama.cache import KVCache
+from llama.cache import KVCache, RaggedCache
 from llama.config import LlamaConfig, RopeScaling
 from llama.generation import Context, lay_out_for_decoding, stream
 from llama.model import Llama
-from llama.one_row import OneRow, takes
 from llama.quantize import QuantisedLinear, Scheme, nearest
+from llama.row_step import RowStep, takes
 from llama.sampling import SamplingParams
 
 SMALL = LlamaConfig(64, 2, 4, 2, 160, 300, max_seq_len=96)
@@ -42,8 +42,8 @@ def random_model(config: LlamaConfig, kind: str = "fp32") -> Llama:
     return model.eval()
 
 
-def cache_of(model: Llama, room: int = 64, rows: int = 1) -> KVCache:
-    return KVCache(model.config, rows, room, dtype=model.norm.weight.dtype)
+def cache_of(model: Llama, room: int = 64) -> KVCache:
+    return KVCache(model.config, 1, room, dtype=model.norm.weight.dtype)
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "int8", "int4"])
@@ -55,7 +55,7 @@ def test_steps_are_those_of_the_model(config: LlamaConfig, kind: str) -> None:
     prompt = torch.randint(0, config.vocab_size, (1, 17), generator=torch.Generator().manual_seed(0))
     a, b = (model(prompt, cache=cache, last_only=True) for cache in (plain, quick))
     assert takes(model, quick)
-    step = OneRow(model, quick)
+    step = RowStep(model, quick)
     # What lies between the products is fp32; where a 16-bit product's input lies on the border between two numbers,
     # a difference in the last bit of fp32 becomes one of bf16's (2^-9 of it, in one of `dim` summands).
     tolerance = 2e-5 if kind == "fp32" else 5e-3
@@ -67,12 +67,43 @@ def test_steps_are_those_of_the_model(config: LlamaConfig, kind: str) -> None:
     torch.testing.assert_close(quick._kv, plain._kv, rtol=tolerance, atol=tolerance * plain._kv.abs().max().item())
 
 
+@pytest.mark.parametrize("common", [0, 1, 16, 17])
+@pytest.mark.parametrize("config", [SMALL, WIDE, SCALED], ids=["grouped", "wide, tied", "one head of keys, scaled"])
+@torch.inference_mode()
+def test_rows_of_any_length_with_a_common_beginning(config: LlamaConfig, common: int) -> None:
+    """The rows begin with the same 17 tokens; how many of these are read once for all makes no difference."""
+    model = random_model(config)
+    g = torch.Generator().manual_seed(0)
+    beginning = torch.randint(0, config.vocab_size, (1, 17), generator=g)
+    plain, quick = (RaggedCache(config, 4) for _ in range(2))
+    for n in (17, 40, 18, 23):
+        row = cache_of(model)
+        rest = torch.randint(0, config.vocab_size, (1, n - 17), generator=g)
+        model(torch.cat((beginning, rest), 1), cache=row)
+        for cache in (plain, quick):
+            cache.join(row, 0, n)
+    assert takes(model, quick)
+    step = RowStep(model, quick)
+    for i in range(8):
+        for cache in (plain, quick):
+            if i == 5:
+                cache.leave(1)
+            cache.reserve(1)
+        tokens = torch.randint(0, config.vocab_size, (plain.batch, 1), generator=g)
+        want, got = model(tokens, cache=plain, last_only=True), step(tokens, common)
+        torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5 * want.abs().max().item())
+    assert quick.begins() == plain.begins()
+    for row in range(3):
+        for a, b in zip(quick.held(row), plain.held(row), strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5 * b.abs().max().item())
+
+
 @torch.inference_mode()
 def test_a_cache_that_is_rewound_and_read_into_goes_on() -> None:
     model = random_model(SMALL)
     cache = cache_of(model)
     model(torch.arange(10)[None], cache=cache)
-    step = OneRow(model, cache)
+    step = RowStep(model, cache)
     for i in range(5):
         step(torch.tensor([[i]]))
     cache.truncate(8)
@@ -87,7 +118,7 @@ def test_a_full_cache_is_refused_and_left_alone() -> None:
     cache = cache_of(model, 4)
     with torch.inference_mode():
         model(torch.arange(3)[None], cache=cache)
-        step = OneRow(model, cache)
+        step = RowStep(model, cache)
         step(torch.tensor([[3]]))
         before = cache._kv.clone()
         with pytest.raises(ValueError, match="holds 4 positions; 5 are needed"):
@@ -101,16 +132,9 @@ def no_layout() -> tuple[Llama, KVCache]:
     return model, cache_of(model)
 
 
-def two_rows() -> tuple[Llama, KVCache]:
+def codes() -> tuple[Llama, KVCache]:
     model = random_model(SMALL)
-    return model, cache_of(model, rows=2)
-
-
-def padded_row() -> tuple[Llama, KVCache]:
-    model = random_model(SMALL)
-    cache = cache_of(model)
-    cache.first = torch.tensor([3], dtype=torch.int32)
-    return model, cache
+    return model, KVCache(model.config, 1, 64, dtype=torch.int8)
 
 
 def double_precision() -> tuple[Llama, KVCache]:
@@ -125,7 +149,7 @@ def hooked() -> tuple[Llama, KVCache]:
     return model, cache_of(model)
 
 
-@pytest.mark.parametrize("case", [no_layout, two_rows, padded_row, double_precision, hooked])
+@pytest.mark.parametrize("case", [no_layout, codes, double_precision, hooked])
 def test_what_it_cannot_run_is_left_to_the_model(case: Callable[[], tuple[Llama, KVCache]]) -> None:
     model, cache = case()
     assert not takes(model, cache)
@@ -136,8 +160,8 @@ def test_answers_come_through_it(monkeypatch: pytest.MonkeyPatch) -> None:
     params = SamplingParams(temperature=0.0, repetition_penalty=1.0)
     quick = Context(model)
     with_it = list(stream(model, [5, 6, 7], params, 30, context=quick))
-    assert isinstance(quick.step(), OneRow)
-    monkeypatch.setattr("llama.one_row.takes", lambda *_: False)
+    assert isinstance(quick.step(), RowStep)
+    monkeypatch.setattr("llama.row_step.takes", lambda *_: False)
     assert list(stream(model, [5, 6, 7], params, 30)) == with_it
 
 
