@@ -22,6 +22,7 @@ import pytest
 import torch
 
 import serve
+from data import triage
 from llama import checkpoint
 from llama.chat import ChatFormat, Dialogue, Message, render
 from llama.config import LlamaConfig
@@ -259,6 +260,17 @@ def failed(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     return error
+
+
+def test_the_first_question_waits_for_no_rules(model: Path) -> None:
+    """They are there before the server is ready; one without triage leaves them."""
+    for wanted in (True, False):
+        service = Service("chatdoctor", Limits())
+        service.triage = wanted
+        triage.load.cache_clear()
+        serve._load(serve.parse(["--checkpoint", str(model)]), model, service)[1].close(0)
+        triage.Triage()
+        assert triage.load.cache_info().hits == wanted
 
 
 def test_a_public_address_needs_a_key(
