@@ -158,14 +158,15 @@ def convert(args: argparse.Namespace) -> None:
     if args.to == "gguf":
         with files.atomic_file(args.dst, size + _SLACK) as file:
             named = args.src.resolve().stem, _chat_format(job.source)
-            write_gguf(file, _stream(job, size), job.config, _required(job.tokenizer), job.gguf_kind, *named)
+            stream, stages = _stream(job, size), _stages(args, job.source)
+            write_gguf(file, stream, job.config, _required(job.tokenizer), job.gguf_kind, *named, stages)
             result = GGUF(file)
             _compare_config(job, result.config)
             _compare(job, result, size)
             job.source.check_unchanged()
     else:
         with files.atomic_directory(args.dst, size + _SLACK) as directory:
-            for name, data in provenance.converted(args.src, args.calibration).items():
+            for name, data in provenance.file_of(_stages(args, job.source)).items():
                 (directory / name).write_bytes(data)
             if job.scheme is not None:
                 _write_quantised(job, job.scheme, directory, args.calibration)
@@ -444,6 +445,12 @@ def _chat_format(source: Source) -> ChatFormat | None:
     if isinstance(source, GGUF):
         return source.chat_format()
     return checkpoint.load_chat_format(source.path) if (source.path / "chat_format.json").exists() else None
+
+
+def _stages(args: argparse.Namespace, source: Source) -> provenance.Stages:
+    """Where the result comes from: the source's stages, and this conversion."""
+    before = source.stages() if isinstance(source, GGUF) else provenance.stages_of(source.path)
+    return provenance.converted(args.src, before, args.calibration)
 
 
 def _copy_prompting(directory: Path, chat_format: ChatFormat | None, generation: dict[str, Any]) -> None:

@@ -221,8 +221,11 @@ def _existing(given: str | None, flag: str) -> Path | None:
 
 def _trained_on(args: argparse.Namespace, path: Path) -> list[Source] | None:
     from data.evaluation import training_files
+    from llama import checkpoint
 
-    return training_files.named_by(path) if args.train_files is None else training_files.given(args.train_files)
+    if args.train_files is not None:
+        return training_files.given(args.train_files)
+    return training_files.named_in(checkpoint.load_stages(path))
 
 
 def _identity(trained_on: list[Source] | None) -> list[tuple[str, str, str]] | None:

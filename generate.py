@@ -18,7 +18,7 @@ import traceback
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from llama.chat import Dialogue, Message
 from llama.command_line import LATEST, Parser, latest
@@ -553,6 +553,13 @@ def fall_silent() -> None:
     sys.excepthook = lambda *error: traceback.print_exception(*error, file=sys.__stderr__)
 
 
+def leave(status: int) -> NoReturn:
+    """End a rank, as all ranks do."""
+    from llama import parallel
+
+    parallel.leave(status)
+
+
 if __name__ == "__main__":
     if LAUNCHED and os.environ["RANK"] != "0":
         fall_silent()
@@ -561,9 +568,8 @@ if __name__ == "__main__":
     if not LAUNCHED:
         sys.exit(main())
     try:
-        status = main()
-    except SystemExit as e:  # a wrong flag, or Ctrl-C
-        status = int(e.code or 0)
-    from llama import parallel
-
-    parallel.leave(status)
+        leave(main())
+    except SystemExit as e:  # a wrong flag, or Ctrl-C, which may also come on the way out
+        leave(int(e.code or 0))
+    except KeyboardInterrupt:  # once more
+        leave(130)

@@ -128,7 +128,7 @@ def _open(url: str) -> None:
 
 
 def _load(args: argparse.Namespace, path: Path, service: Service) -> tuple[Doctor, Engine]:
-    """The model and what runs it."""
+    """The model and what runs it; the triage rules too, or the first question would wait for them (0.1 s)."""
     import torch
 
     from data import triage
@@ -136,6 +136,8 @@ def _load(args: argparse.Namespace, path: Path, service: Service) -> tuple[Docto
     from llama.engine import Engine
     from llama.generation import Doctor
 
+    if service.triage:
+        triage.load()
     params, max_new_tokens = placement.settings(path, vars(args))
     device = placement.found(args.device)
     model = placement.on_device(path, device, args.dtype and getattr(torch, args.dtype), args.kernels, None, None)

@@ -24,6 +24,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from llama import provenance
 from llama.chat import ChatFormat
 from llama.config import LlamaConfig, from_hf, to_hf
 from llama.files import MANIFEST, atomic_directory, read_bytes, read_json, settle, verify
@@ -131,6 +132,12 @@ def _gguf_tokenizer(source: GGUF) -> Tokenizer:
     if tokenizer.vocab_size > rows:
         raise ValueError(f"{source.path}: {tokenizer.vocab_size:,} tokens, but the embedding has {rows:,} rows")
     return tokenizer
+
+
+def load_stages(path: str | Path) -> provenance.Stages:
+    """Where the model in a directory or GGUF file comes from; no stages where that does not say."""
+    path = _directory(path)
+    return _gguf(path).stages() if is_gguf(path) else provenance.stages_of(path)
 
 
 def load_chat_format(path: str | Path) -> ChatFormat:

@@ -86,7 +86,8 @@ def begin(store: dist.Store | None) -> None:
 
 def lost_peer(e: RuntimeError) -> bool:
     """Whether a collective failed because another rank is gone."""
-    return any(s in str(e) for s in ("Connection closed by peer", "Connection reset by peer", "Connection refused"))
+    said = ("closed by peer", "reset by peer", "Connection refused", "Broken pipe", "Socket closed")
+    return any(s in str(e) for s in said)
 
 
 # --- being asked to stop --------------------------------------------------------------------------

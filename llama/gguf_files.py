@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llama import provenance
 from llama.chat import ChatFormat
 from llama.config import LlamaConfig, RopeScaling
 from llama.gguf_format import (
@@ -41,6 +42,7 @@ from llama.torch_files import Unchanged
 _ROPE = "rope_freqs.weight"
 _ARCHITECTURE = "llama"
 _CHAT_FORMAT = "chatdoctor.chat_format"  # our own key: chat_format.json; llama.cpp reads the Jinja template beside it
+_PROVENANCE = "chatdoctor.provenance"  # and provenance.json
 # Types of a whole file, which its matrices have: Q8_0 is 32 whole numbers of 8 bits and their fp16 scale.
 _FILE_TYPES = {"F32": "ALL_F32", "BF16": "MOSTLY_BF16", "F16": "MOSTLY_F16", "Q8_0": "MOSTLY_Q8_0"}
 
@@ -143,6 +145,19 @@ class GGUF:
             return ChatFormat.from_json(json.loads(self.values[_CHAT_FORMAT]))
         except (ValueError, TypeError, RecursionError):
             raise ValueError(f"{self.path}: its {_CHAT_FORMAT} is none; damaged, fetch it again") from None
+
+    def stages(self) -> provenance.Stages:
+        """Where the model comes from, where write_gguf has put it."""
+        if _PROVENANCE not in self.values:
+            return []
+        try:
+            stages = provenance.stages_in(json.loads(self.values[_PROVENANCE]))
+        except (ValueError, TypeError, RecursionError):
+            stages = None
+        if stages is None:
+            version = provenance.VERSION
+            raise ValueError(f"{self.path}: its {_PROVENANCE} is none of version {version}; damaged, fetch it again")
+        return stages
 
     def ids(self) -> dict[str, Any]:
         """BOS and EOS ids, as config.json spells them."""
@@ -283,10 +298,11 @@ def write_gguf(
     file_kind: str,
     name: str,
     chat_format: ChatFormat | None = None,
+    stages: provenance.Stages | None = None,
 ) -> None:
     """Write one GGUF file, a tensor at a time. tensors: those of entries(c), in order, in our layout and in
     dtype_in_gguf's number type. file_kind: F32, BF16, F16 or Q8_0, which the matrices get. chat_format: llama.cpp's
-    chat gets it as a template."""
+    chat gets it as a template. stages: where the model comes from."""
     gguf = package()
     writer = gguf.GGUFWriter(path, _ARCHITECTURE)
     try:
@@ -295,6 +311,8 @@ def write_gguf(
         if chat_format is not None:
             writer.add_chat_template(chat_template(chat_format))
             writer.add_string(_CHAT_FORMAT, json.dumps(chat_format.to_json()))
+        if stages:
+            writer.add_string(_PROVENANCE, json.dumps(provenance.document_of(stages), ensure_ascii=False))
         factors = rope_factors(c)
         if factors is not None:
             writer.add_tensor_info(_ROPE, factors.shape, factors.dtype, factors.nbytes)

@@ -6,16 +6,21 @@ tokenizer is `tokenizer.model`.
 Left to convert `tokenizer.model` by itself, transformers 5.23 gives other ids: it ranks merges by piece id where
 SentencePiece ranks by score ("a  b"), and puts no marker before a text that starts with a space. tokenizer.json says
 both exactly.
+
+A rendered chat becomes ids at once there, turn by turn with us (render()). So in tokenizer.json the marker stands
+before the first turn alone, and no piece spans the end of a prompt. What stays different: "</s>", "<s>", "<unk>" or a
+prompt's end ("\n\n### Response:") in a message's own words, which nothing tells from ours once all is one text.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import sentencepiece
 
-from llama.chat import ChatFormat
+from llama.chat import ChatFormat, Dialogue, Message
 from llama.tokenizer import Tokenizer
 
 SPACE = "\u2581"  # SentencePiece's mark of a space
@@ -27,7 +32,7 @@ def tokenizer_files(tokenizer: Tokenizer, chat_format: ChatFormat, max_seq_len: 
     special = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "unk_token": tokenizer.unk_id}
     names = {role: pieces.IdToPiece(i) for role, i in special.items()}
     files: dict[str, Any] = {"special_tokens_map.json": names}
-    if document := _tokenizer_json(tokenizer, pieces):
+    if document := _tokenizer_json(tokenizer, pieces, chat_format):
         files["tokenizer.json"] = document
     files["tokenizer_config.json"] = {
         # LlamaTokenizer would throw away the normalizer of tokenizer.json and make its own.
@@ -52,7 +57,9 @@ def _pieces(tokenizer: Tokenizer) -> sentencepiece.SentencePieceProcessor:
     return processor
 
 
-def _tokenizer_json(tokenizer: Tokenizer, p: sentencepiece.SentencePieceProcessor) -> dict[str, Any] | None:
+def _tokenizer_json(
+    tokenizer: Tokenizer, p: sentencepiece.SentencePieceProcessor, chat_format: ChatFormat
+) -> dict[str, Any] | None:
     """The model as a byte-fallback BPE, or None when it is not one or rewrites text before splitting it."""
     V = tokenizer.vocab_size
     normal = [i for i in range(V) if not (p.IsControl(i) or p.IsUnknown(i) or p.IsByte(i) or p.IsUnused(i))]
@@ -67,22 +74,27 @@ def _tokenizer_json(tokenizer: Tokenizer, p: sentencepiece.SentencePieceProcesso
     bos = p.IdToPiece(tokenizer.bos_id)
     start: list[dict[str, Any]] = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
     second = [{"SpecialToken": {"id": bos, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "special": True}
+    # The normalizer sees what lies between two special pieces, one by one, unless they are "normalized": then it sees
+    # them in their text, and by themselves when the file is opened. So the text after BOS gets its marker, that after
+    # EOS none, and EOS by itself stays as it is, or it would not be found.
+    eos = re.escape(p.IdToPiece(tokenizer.eos_id))
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {"id": i, "content": piece, **plain} for piece, i in sorted(special.items(), key=lambda x: x[1])
+            {"id": i, "content": piece, **plain, "normalized": i == tokenizer.eos_id}
+            for piece, i in sorted(special.items(), key=lambda x: x[1])
         ],
         "normalizer": {
             "type": "Sequence",
             "normalizers": [
-                {"type": "Prepend", "prepend": SPACE},
+                {"type": "Replace", "pattern": {"Regex": rf"\A(?!{eos}\z|\z)"}, "content": SPACE},
                 {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
             ],
         },
-        "pre_tokenizer": None,
+        "pre_tokenizer": _split_after_prompts(chat_format),
         "post_processor": {
             "type": "TemplateProcessing",
             "single": start,
@@ -111,6 +123,16 @@ def _tokenizer_json(tokenizer: Tokenizer, p: sentencepiece.SentencePieceProcesso
             "merges": [f"{left} {right}" for left, right in _merges(scores)],
         },
     }
+
+
+def _split_after_prompts(chat_format: ChatFormat) -> dict[str, Any] | None:
+    """Cuts a text where an answer begins: it may start with what would make one piece with the prompt's colon."""
+    (prompt, _), *_ = chat_format.segments(Dialogue((Message("user", SPACE),)))
+    ending = prompt.rpartition(SPACE)[2]
+    if not ending.strip():  # nothing to know a prompt by; nor do pieces span a line's end in the models that we train
+        return None
+    found = re.escape(ending.replace(" ", SPACE))
+    return {"type": "Split", "pattern": {"Regex": f"(?<={found})"}, "behavior": "Isolated", "invert": False}
 
 
 def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:

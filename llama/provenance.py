@@ -1,6 +1,7 @@
 """Where a model comes from: `provenance.json` in its directory, a stage for each command that made it.
 
-train.py and convert_weights.py write it, evaluate.py reads it. A stage says which command ran with which versions, what
+train.py and convert_weights.py write it, evaluate.py reads it; a GGUF file has the same document under a key of its
+own (gguf_files.py). A stage says which command ran with which versions, what
 it started from (with a hash), and which data files it saw (with a hash, how many records, licence when known, and what
 their cleaning reported). The stages of the model that a run starts from come first. Knows JSON and files, no tensors.
 """
@@ -33,11 +34,18 @@ def stages_of(path: str | Path) -> Stages:
     file = Path(path) / NAME
     if not file.is_file():
         return []
-    document = read_json(file)
-    stages = document.get("stages")
-    if document.get("version") != VERSION or not isinstance(stages, list) or not all(_is_stage(s) for s in stages):
+    stages = stages_in(read_json(file))
+    if stages is None:
         raise ValueError(f"{file}: not a provenance of version {VERSION}; remove it to go on without one")
     return stages
+
+
+def stages_in(document: Any) -> Stages | None:
+    """The stages of a document; None if it is none."""
+    if not isinstance(document, dict) or document.get("version") != VERSION:
+        return None
+    stages = document.get("stages")
+    return stages if isinstance(stages, list) and all(map(_is_stage, stages)) else None
 
 
 def _is_stage(stage: Any) -> bool:
@@ -70,20 +78,22 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def converted(source: Path, calibration: Path | None) -> dict[str, bytes]:
-    """The file for what a conversion makes of a source, rounded by the records of a calibration file if any.
-
-    Of a foreign source every weight file is hashed, which reads it once more.
+def converted(source: Path, before: Stages, calibration: Path | None) -> Stages:
+    """The stages of what a conversion makes of a source with stages, rounded by the records of a calibration file if
+    any. Of a foreign source every weight file is hashed, which reads it once more.
     """
     data = [] if calibration is None else [{"name": str(calibration), "sha256": sha256_of(calibration)}]
-    before = stages_of(source) if source.is_dir() else []
-    return file_of([*before, stage(base_of(source), data)])
+    return [*before, stage(base_of(source), data)]
+
+
+def document_of(stages: Stages) -> dict[str, Any]:
+    """The stages as they are stored."""
+    return {"version": VERSION, "stages": stages}
 
 
 def file_of(stages: Stages) -> dict[str, bytes]:
     """The stages as a file of a model directory."""
-    document = {"version": VERSION, "stages": stages}
-    return {NAME: (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()}
+    return {NAME: (json.dumps(document_of(stages), indent=2, ensure_ascii=False) + "\n").encode()}
 
 
 def sha256_of(file: Path) -> str:

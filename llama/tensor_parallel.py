@@ -78,6 +78,7 @@ def _end_on_interrupt(rank: int) -> None:
     """
 
     def leave(*_: object) -> NoReturn:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it comes twice: from the terminal and from torchrun
         raise SystemExit(128 + signal.SIGINT)
 
     if rank == 0:

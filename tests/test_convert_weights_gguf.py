@@ -15,14 +15,14 @@ from safetensors.torch import load_file
 
 import convert_weights
 import generate
-from llama import checkpoint
+from llama import checkpoint, provenance
 from llama.chat import ChatFormat
 from llama.config import LlamaConfig, RopeScaling
 from llama.gguf_files import GGUF
 from llama.layout import entries
 from llama.tokenizer import Tokenizer
 
-pytest.importorskip("gguf")
+gguf = pytest.importorskip("gguf")
 SCALING = RopeScaling("llama3", 8.0, original_max_seq_len=64)
 
 
@@ -93,8 +93,30 @@ def test_the_prompt_format_comes_along(
     said = json.loads((tmp_path / "hf/tokenizer_config.json").read_text())["chat_template"]
     assert GGUF(tmp_path / "x.gguf").values["tokenizer.chat_template"].decode() == said
     data = (tmp_path / "x.gguf").read_bytes()
-    (tmp_path / "y.gguf").write_bytes(data.replace(b'"version": 1', b'"version": 2'))
+    (tmp_path / "y.gguf").write_bytes(data.replace(b'"version": 1, "name"', b'"version": 2, "name"'))
     assert "chatdoctor.chat_format is none; damaged" in refused(capsys, tmp_path / "y.gguf", tmp_path / "dst")
+
+
+def test_where_it_comes_from_comes_along(tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Through two GGUF files and out of them, a stage for each conversion; the gguf package reads it as text."""
+    first = provenance.stage({"name": "tiny"}, [{"name": "caf\u00e9.json", "sha256": "0", "licence": "CC BY"}])
+    (source / "provenance.json").write_bytes(provenance.file_of([first])["provenance.json"])
+    (source / "manifest.json").unlink()
+    convert(source, tmp_path / "x.gguf", "--to", "gguf")
+    convert(tmp_path / "x.gguf", tmp_path / "y.gguf", "--to", "gguf", "--dtype", "q8_0")
+    convert(tmp_path / "y.gguf", tmp_path / "back")
+    stages = provenance.stages_of(tmp_path / "back")
+    assert stages[0] == first
+    assert [s["base"]["name"] for s in stages[1:]] == [str(source), str(tmp_path / "x.gguf"), str(tmp_path / "y.gguf")]
+    assert stages[2]["base"]["files"] == [{"name": "x.gguf", "sha256": provenance.sha256_of(tmp_path / "x.gguf")}]
+    assert checkpoint.load_stages(tmp_path / "y.gguf") == stages[:3]
+    field = gguf.GGUFReader(tmp_path / "y.gguf").fields["chatdoctor.provenance"]
+    assert json.loads(field.contents()) == {"version": 1, "stages": stages[:3]}
+
+    data = (tmp_path / "x.gguf").read_bytes()
+    (tmp_path / "z.gguf").write_bytes(data.replace(b'"version": 1, "stages"', b'"version": 2, "stages"'))
+    said = "z.gguf: its chatdoctor.provenance is none of version 1; damaged"
+    assert said in refused(capsys, tmp_path / "z.gguf", tmp_path / "dst")
 
 
 def test_q8_0(tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:

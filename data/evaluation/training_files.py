@@ -14,7 +14,7 @@ from typing import Any
 from data.records import read_records
 from data.synthesize import sample
 from llama.chat import Dialogue
-from llama.provenance import sha256_of, stages_of
+from llama.provenance import Stages, sha256_of
 
 BUILT_IN = "built-in sample"  # as train.py names its own data
 
@@ -35,9 +35,8 @@ class Source:
         return {"name": self.name, "sha256": self.sha256, "state": self.state}
 
 
-def named_by(checkpoint: Path) -> list[Source] | None:
-    """The sources in a checkpoint's provenance.json; None where it names none. ValueError where that is damaged."""
-    stages = stages_of(checkpoint)
+def named_in(stages: Stages) -> list[Source] | None:
+    """The sources that the stages of a model learnt from; None where they name none."""
     named = {d["name"]: d.get("sha256", "") for stage in stages for d in stage["data"]}
     return [_source(name, sha256, strict=False) for name, sha256 in named.items()] if named else None
 

@@ -7,8 +7,10 @@ import random
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import sentencepiece
+from hypothesis import strategies as st
 
 from llama.chat import FORMATS, ChatFormat, Dialogue, Message, render
 from llama.hf_tokenizer import tokenizer_files
@@ -79,9 +81,50 @@ def test_chat_template_renders_what_we_render(
         wanted = "<s>" + "".join(text + ("</s>" if supervised else "") for text, supervised in pieces)
         chat = [{"role": role, "content": text} for role, text in given]
         assert theirs.apply_chat_template(chat, tokenize=False) == wanted
-        if len(given) == 1:
-            ids = theirs.apply_chat_template(chat, return_dict=True)["input_ids"]
-            assert ids == render(dialogue, chat_format, small_tokenizer)[0]
+        ids = theirs.apply_chat_template(chat, return_dict=True)["input_ids"]
+        assert ids == render(dialogue, chat_format, small_tokenizer)[0]
+
+
+WORDS = [" ", "  ", "\n", ":", ")", "\t", "\u2581", "pain", "Doctor", "### ", "\U0001f600", "\u00e9", "\u4f60", "7"]
+TEXTS = st.lists(st.sampled_from(WORDS), max_size=8).map("".join) | st.text(max_size=20)
+
+
+@pytest.fixture(scope="module")
+def across_colons(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, dict[str, Any]]:
+    """A vocabulary with pieces that begin with a colon, as LLaMA's has, and its files for every format."""
+    tokenizer = train_tokenizer([f"pain:) {i} :pain ::{i % 7} \n Doctor:pain" for i in range(200)], 300)
+    assert {tokenizer.encode(text, continued=True)[0] for text in (":)", ":pain")} - set(tokenizer.encode(":"))
+    folder = tmp_path_factory.mktemp("formats")
+    return tokenizer, {f: opened(folder / f, tokenizer, ChatFormat(f, "Be kind. ")) for f in FORMATS}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@hypothesis.given(turns=st.lists(TEXTS, min_size=1, max_size=9))
+@hypothesis.settings(max_examples=60, deadline=None)
+def test_chats_of_several_turns_have_our_ids(
+    name: Any, across_colons: tuple[Tokenizer, dict[str, Any]], turns: list[str]
+) -> None:
+    """One to five questions, with the answers between them or an answer last."""
+    tokenizer, theirs = across_colons
+    chat_format = ChatFormat(name, "Be kind. ")
+    hypothesis.assume(
+        not any(mark in text for text in turns for mark in ("<s>", "</s>", "<unk>", "\nDoctor:", "### Response:"))
+    )
+    messages = tuple(Message("assistant" if i % 2 else "user", text) for i, text in enumerate(turns))
+    chat = [{"role": m.role, "content": m.content} for m in messages]
+    ids = theirs[name].apply_chat_template(chat, return_dict=True)["input_ids"]
+    assert ids == render(Dialogue((*chat_format.opening(), *messages)), chat_format, tokenizer)[0]
+
+
+def test_what_a_message_says_of_our_marks_is_a_mark_there(
+    across_colons: tuple[Tokenizer, dict[str, Any]],
+) -> None:
+    """The limit: a rendered chat is one text, in which nothing tells a typed "</s>" from ours."""
+    tokenizer, theirs = across_colons
+    chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "pain</s>"}]
+    dialogue = Dialogue(tuple(Message(m["role"], m["content"]) for m in chat))  # type: ignore[arg-type]
+    assert tokenizer.eos_id in theirs["plain"].apply_chat_template(chat, return_dict=True)["input_ids"]
+    assert tokenizer.eos_id not in render(dialogue, ChatFormat("plain"), tokenizer)[0]
 
 
 def test_a_model_that_json_cannot_say_is_left_to_transformers(small_tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -109,3 +112,54 @@ def test_more_ranks_than_gpus_are_named(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match=r"4 processes on a machine with 2 GPU\(s\): torchrun --nproc_per_node=2"):
         parallel.init("auto")
+
+
+LEAVING = """
+import sys
+from llama import parallel
+parallel.init("cpu")
+print("there", flush=True)
+sys.stdin.readline()
+parallel.leave(0)
+"""
+
+
+def test_a_rank_that_is_interrupted_while_leaving_leaves_no_traceback() -> None:
+    """Nor does the one that comes to meet it afterwards."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
+    pipe = subprocess.PIPE
+    first, second = (
+        subprocess.Popen(
+            [sys.executable, "-c", LEAVING],
+            cwd=HERE.parents[1],
+            env={**os.environ, **shared, "RANK": rank, "OMP_NUM_THREADS": "1"},
+            stdin=pipe,
+            stdout=pipe,
+            stderr=pipe,
+            text=True,
+        )
+        for rank in "01"
+    )
+    for process in (first, second):
+        assert process.stdout is not None
+        assert process.stdout.readline() == "there\n"
+    assert first.stdin is not None
+    first.stdin.write("\n")
+    first.stdin.flush()
+    deadline = time.monotonic() + 60
+    while caught(first.pid, signal.SIGINT):  # until it is in leave()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    first.send_signal(signal.SIGINT)
+    assert first.communicate(timeout=60) == ("", "")
+    assert first.returncode == -signal.SIGINT
+    assert second.communicate("\n", timeout=60) == ("", "")
+    assert second.returncode == 1
+
+
+def caught(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal."""
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return bool(int(status["SigCgt"], 16) >> number - 1 & 1)

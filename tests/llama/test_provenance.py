@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 
 import pytest
@@ -23,8 +22,7 @@ def test_stages_come_back_and_grow(tmp_path: Path) -> None:
     first = provenance.stage({"name": "tiny", "seed": 1}, [{"name": "a.json", "sha256": "0"}], objective="sft")
     model = written(tmp_path / "model", [first])
     assert provenance.stages_of(model) == [first]
-    (data,) = provenance.converted(model, None).values()
-    both = json.loads(data)["stages"]
+    both = provenance.converted(model, [first], None)
     assert both[0] == first
     assert both[1]["base"]["name"] == str(model)
     assert both[1]["data"] == []
@@ -70,6 +68,5 @@ def test_a_base_is_told_by_its_manifest_or_its_weight_files(tmp_path: Path) -> N
 
 def test_calibration_records_count_as_data(tmp_path: Path) -> None:
     (tmp_path / "few.jsonl").write_bytes(b"{}")
-    (data,) = provenance.converted(tmp_path, tmp_path / "few.jsonl").values()
-    (stage,) = json.loads(data)["stages"]
+    (stage,) = provenance.converted(tmp_path, [], tmp_path / "few.jsonl")
     assert stage["data"] == [{"name": str(tmp_path / "few.jsonl"), "sha256": hashlib.sha256(b"{}").hexdigest()}]

@@ -176,21 +176,24 @@ def test_a_mistake_is_said_once(models: Path, tmp_path: Path) -> None:
     assert 'Traceback (most recent call last):\n  File "' + str(ROOT / "generate.py") not in err
 
 
-@pytest.mark.parametrize("when", ["answering", "waiting"])
+@pytest.mark.parametrize("when", ["answering", "waiting", "leaving"])
 def test_ctrl_c_ends_every_rank(when: str, models: Path, tmp_path: Path, small_tokenizer: Tokenizer) -> None:
     config = LlamaConfig(64, 2, 4, 2, 128, small_tokenizer.vocab_size, max_seq_len=60_000)
     path = save(tmp_path / "long", config, small_tokenizer, torch.float32, None)
     process = launch(["--checkpoint", str(path), "--max_new_tokens", "50000", "--temperature", "1"], tmp_path)
-    assert process.stdin is not None
+    stdin, process.stdin = process.stdin, None  # or communicate() would close it: the end of the chat, before Ctrl-C
+    assert stdin is not None
     assert process.stdout is not None
     assert process.stderr is not None
     if when == "answering":
-        process.stdin.write(b"I cough\n")
-        process.stdin.flush()
+        stdin.write(b"I cough\n")
+        stdin.flush()
         process.stdout.read(20)
     else:
         while b"local emergency number" not in process.stderr.readline():
             assert process.poll() is None
+    if when == "leaving":
+        stdin.close()
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert len(children) == 2
     begin = time.monotonic()
@@ -199,3 +202,4 @@ def test_ctrl_c_ends_every_rank(when: str, models: Path, tmp_path: Path, small_t
     assert time.monotonic() - begin < 29, "torchrun had to kill"
     assert not any(Path(f"/proc/{pid}/exe").exists() for pid in children)
     assert b'generate.py", line' not in err  # torchrun's own traceback alone
+    stdin.close()
