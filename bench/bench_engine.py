@@ -102,15 +102,11 @@ def streams(doctor: Doctor, requests: list[Request], n: int) -> dict[str, float]
         "tokens_per_s": tokens / seconds,
         "tokens_per_own_s": tokens / used,
         "first_token_ms_p50": 1e3 * statistics.median(firsts),
-        "first_token_ms_p95": 1e3 * percentile(firsts, 95),
+        "first_token_ms_p95": 1e3 * report.percentile(firsts, 95),
         "between_tokens_ms_p50": 1e3 * statistics.median(between),
-        "between_tokens_ms_p95": 1e3 * percentile(between, 95),
+        "between_tokens_ms_p95": 1e3 * report.percentile(between, 95),
         "reused_share": sum(f.reused for f in found) / sum(len(r.prompt) for r in requests),
     }
-
-
-def percentile(values: list[float], p: int) -> float:
-    return sorted(values)[min(len(values) - 1, len(values) * p // 100)]
 
 
 def alone(doctor: Doctor, requests: list[Request]) -> dict[str, float]:
