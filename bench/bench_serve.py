@@ -186,7 +186,9 @@ async def ask(client: httpx2.AsyncClient, server: Server, question: str, tokens:
 async def load(server: Server, questions: Sequence[str], clients: int, tokens: int) -> tuple[float, list[Heard]]:
     """So many clients, each with its share of the questions: the seconds that took, and the answers in order."""
     heard: dict[int, Heard] = {}
-    async with httpx2.AsyncClient(timeout=600, limits=httpx2.Limits(max_connections=clients)) as connections:
+    # A connection a question: llama.cpp's server closes one behind a stream without a word, ours would keep it.
+    limits = httpx2.Limits(max_connections=clients, max_keepalive_connections=0)
+    async with httpx2.AsyncClient(timeout=600, limits=limits) as connections:
 
         async def one(first: int) -> None:
             for i in range(first, len(questions), clients):
