@@ -218,7 +218,7 @@ def measure(servers: Sequence[Server], args: argparse.Namespace) -> list[dict[st
     """A row for each server and number of clients; the first server is compared with the others."""
     passes: dict[tuple[str, int], list[dict[str, float]]] = {}
     alike: dict[str, list[bool]] = {server.name: [] for server in servers}
-    prompts: dict[str, int | None] = {}
+    prompts: dict[str, list[int]] = {server.name: [] for server in servers}
     for i in range(args.passes):
         for clients in args.clients:
             drawn = examples(load_table(), 1000 * i + clients, max(args.least, clients * args.each))
@@ -229,17 +229,18 @@ def measure(servers: Sequence[Server], args: argparse.Namespace) -> list[dict[st
                 passes.setdefault((server.name, clients), []).append(figures)
                 texts = texts or [h.text.strip() for h in heard]
                 alike[server.name] += [a == h.text.strip() for a, h in zip(texts, heard, strict=True)]
-                prompts[server.name] = heard[0].prompt_tokens
+                prompts[server.name] += [h.prompt_tokens for h in heard if h.prompt_tokens is not None]
     first, *peers = (server.name for server in servers)
     rows: list[dict[str, Any]] = []
     for (name, clients), found in passes.items():
-        row: dict[str, Any] = {"server": name, "clients": clients, "prompt_tokens": prompts[name]}
+        row: dict[str, Any] = {"server": name, "clients": clients}
+        row["prompt_tokens"] = round(statistics.mean(prompts[name])) if prompts[name] else None
         row |= {figure: round(statistics.median(f[figure] for f in found), 2) for figure in found[0]}
         row["times_one_client"] = ratios(found, passes[name, args.clients[0]])
         if name == first:
             row |= {f"times_{peer}": ratios(found, passes[peer, clients]) for peer in peers}
         else:
-            row[f"answers_like_{first}"] = round(statistics.mean(alike[name]), 3)
+            row[f"answers_like_{first}"] = round(sum(alike[name]) / len(alike[name]), 3)
         rows.append(row)
     return rows
 
@@ -257,8 +258,6 @@ def bench(shape: str, dtype: str, args: argparse.Namespace) -> dict[str, Any]:
         for server in servers:  # what is made or compiled at first use
             once(server, ["I have a cough."] * max(args.clients), max(args.clients), 8)
         rows = measure(servers, args)
-    for row in rows:
-        print(json.dumps(row), flush=True)
     return {"shape": shape, "dtype": dtype, "rows": rows}
 
 
