@@ -56,6 +56,8 @@ from llama.model import Llama
 
 CONTEXT = 512  # tokens of a row, prompt and answer
 KV = {"float32": ("f32", 0), "float16": ("f16", 1), "bfloat16": ("bf16", 30)}  # llama.cpp's names and numbers of types
+# llama-cpp-python's server punishes repetition unless told otherwise; ours takes the model's word for it, GREEDY.
+UNPUNISHED = {"llama.cpp": {"repeat_penalty": 1.0}, "llama-cpp-python": {"repeat_penalty": 1.0}}
 GREEDY = {"do_sample": False, "repetition_penalty": 1.0}
 START_TIME = 120.0  # seconds that a server gets until it answers
 
@@ -164,7 +166,8 @@ def body(question: str, tokens: int, **more: Any) -> dict[str, Any]:
 async def ask(client: httpx2.AsyncClient, server: Server, question: str, tokens: int) -> Heard:
     """One answer, streamed. RuntimeError if it has not all its tokens."""
     heard, times, reason = Heard(), [time.perf_counter()], None
-    asked = body(question, tokens, stream=True, stream_options={"include_usage": True})
+    more = UNPUNISHED.get(server.name, {})
+    asked = body(question, tokens, stream=True, stream_options={"include_usage": True}, **more)
     async with client.stream("POST", server.url + "/v1/chat/completions", json=asked) as response:
         async for line in response.aiter_lines():
             if not line.startswith("data: {"):
