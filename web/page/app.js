@@ -260,9 +260,9 @@ async function eraseKept() {
 
 /** No answer is shown as rated any more. */
 function forgetMarks() {
-  const open = [shown, writing()?.consultation].filter(Boolean); // what stands in memory is later than what is stored
+  const inMemory = [shown, writing()?.consultation].filter(Boolean); // later than what is stored
   for (const stored of store.consultations()) {
-    const one = open.find((other) => other.id === stored.id) ?? stored;
+    const one = inMemory.find((other) => other.id === stored.id) ?? stored;
     if (!one.turns.some((turn) => turn.rating)) continue;
     for (const turn of one.turns) turn.rating = null;
     store.keep(one);

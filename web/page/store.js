@@ -1,5 +1,6 @@
-// What this browser keeps: consultations, the patient card, the consent to ratings and their receipts, the theme. In localStorage, under
-// names that begin with "chatdoctor."; where the browser allows none, in memory until the page is left.
+// What this browser keeps: consultations, the patient card, the consent to ratings and their receipts, the theme. In
+// localStorage, under names that begin with "chatdoctor."; where the browser allows none, in memory until the page is
+// left.
 
 const PREFIX = "chatdoctor.";
 const CONSULTATION = "consultation.";
