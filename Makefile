@@ -2,7 +2,7 @@
 #
 #   make demo                  train the built-in tiny model (about 5 minutes on 2 cores, once) and chat with it
 #   make demo ASK="question"   the same, but answer this one question and end
-#   make serve                 train it if there is none, then serve it: a page to talk to, and OpenAI's API
+#   make serve [PORT=8001]     train it if there is none, then serve it: a page to talk to, and OpenAI's API
 #   make test                  lint and the whole test suite; downloads a second triton (200 MB), once
 #   make lint                  ruff only
 #   make bench                 the CPU benches, results under bench/results/
@@ -11,6 +11,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 TINY = out/tiny
+PORT = 8000
 export ASK
 
 .PHONY: demo serve test lint bench clean
@@ -23,7 +24,7 @@ else
 endif
 
 serve: $(TINY)/config.json
-	@$(BIN)/python serve.py --checkpoint $(TINY) --open
+	@$(BIN)/python serve.py --checkpoint $(TINY) --port $(PORT) --open
 
 # A run that was interrupted goes on from its last checkpoint.
 $(TINY)/config.json: | .venv/installed

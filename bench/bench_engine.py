@@ -133,15 +133,11 @@ def streams(doctor: Doctor, requests: list[Request], n: int) -> dict[str, float]
         **busy.rates(began),
         **whole.rates(began, "whole_"),
         "first_token_ms_p50": 1e3 * statistics.median(clients.first),
-        "first_token_ms_p95": 1e3 * percentile(clients.first, 95),
+        "first_token_ms_p95": 1e3 * report.percentile(clients.first, 95),
         "between_tokens_ms_p50": 1e3 * statistics.median(clients.between),
-        "between_tokens_ms_p95": 1e3 * percentile(clients.between, 95),
+        "between_tokens_ms_p95": 1e3 * report.percentile(clients.between, 95),
         "reused_share": clients.reused / sum(len(r.prompt) for r in requests),
     }
-
-
-def percentile(values: list[float], p: int) -> float:
-    return sorted(values)[min(len(values) - 1, len(values) * p // 100)]
 
 
 def alone(doctor: Doctor, requests: list[Request]) -> dict[str, float]:

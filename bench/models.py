@@ -1,12 +1,15 @@
-"""What the benches run: our model with random weights made in place, a tokenizer for any vocabulary.
+"""What the benches run: our model with random weights made in place, tokenizers for any vocabulary.
 
 Knows no clocks and no tables; transformers' model is hugging_face.py's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from llama import quantize
@@ -15,7 +18,7 @@ from llama.model import Llama
 from llama.quantize import QuantisedLinear, Scheme
 
 if TYPE_CHECKING:  # needs sentencepiece, which the training bench does without
-    from llama.tokenizer import StreamDecoder
+    from llama.tokenizer import StreamDecoder, Tokenizer
 
 SCHEMES = {"int8": Scheme(8, 0), "int4": Scheme(4, 64)}  # convert_weights.py's
 EOS = 2
@@ -35,6 +38,29 @@ class Pieces:
         from llama.tokenizer import StreamDecoder
 
         return StreamDecoder(self._bytes)
+
+
+def tokenizer_of_size(vocab_size: int, texts: Sequence[str], trained: int = 2048) -> tuple[Tokenizer, int]:
+    """A real tokenizer: so many pieces trained on texts, filled up with words that no text has; and its first word.
+
+    For what needs a tokenizer.model or a GGUF file. Ids below the number are controls and bytes.
+    """
+    from llama.gguf_tokenizer import NORMAL, Piece, pieces_of, tokenizer_of
+    from llama.tokenizer import train_tokenizer
+
+    pieces = pieces_of(train_tokenizer(texts, trained))
+    base = sum(p.kind != NORMAL for p in pieces)  # unknown, BOS, EOS and the bytes come first
+    pieces += [Piece(f"\u2581w{i}".encode(), -1e5 - i, NORMAL) for i in range(len(pieces), vocab_size)]
+    key = "tokenizer.ggml."
+    values = {
+        f"{key}model": b"llama",
+        f"{key}tokens": [p.text for p in pieces],
+        f"{key}scores": np.array([p.score for p in pieces], np.float32),
+        f"{key}token_type": np.array([p.kind for p in pieces], np.int32),
+    }
+    tokenizer = tokenizer_of(Path("bench"), values)
+    assert tokenizer is not None
+    return tokenizer, base
 
 
 @torch.no_grad()

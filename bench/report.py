@@ -10,7 +10,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,11 @@ def write(path: Path, results: Any, one_line_each: bool = False, **facts: Any) -
         text = re.sub(r"\{[^{}]*\}", lambda innermost: " ".join(innermost.group().split()), text)
     path.write_text(text + "\n")
     print(f"written to {path}")
+
+
+def percentile(values: Sequence[float], p: int) -> float:
+    """The value that p of a hundred do not exceed; with fewer than 20 values, p95 is the largest."""
+    return sorted(values)[min(len(values) - 1, len(values) * p // 100)]
 
 
 def parser(doc: str, shapes: list[str], dtypes: list[str], passes: int) -> argparse.ArgumentParser:

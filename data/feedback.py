@@ -20,7 +20,7 @@ from typing import Literal
 from llama.attendant import Attendant, Command
 from llama.chat import Dialogue, Message
 
-VERSION = 1
+VERSION = 2
 APPLICATION = 0x43444642  # "CDFB": what SQLite's header says the file is
 LONGEST = 200_000  # characters of a text that is kept
 
@@ -39,10 +39,13 @@ _TABLES = (
   correction TEXT NOT NULL,
   status TEXT NOT NULL DEFAULT 'new' CHECK (status IN ('new', 'approved', 'rejected')),
   reviewer TEXT NOT NULL DEFAULT '',
-  reviewed TEXT NOT NULL DEFAULT ''
+  reviewed TEXT NOT NULL DEFAULT '',
+  receipt TEXT NOT NULL DEFAULT ''
 )""",
     "CREATE TABLE consent (agreed TEXT NOT NULL)",
 )
+# What files of version 1 lack.
+_SINCE_1 = "ALTER TABLE ratings ADD COLUMN receipt TEXT NOT NULL DEFAULT ''"
 _COLUMNS = "id, made, model, messages, answer, rating, reason, correction, status, reviewer"
 
 
@@ -77,8 +80,10 @@ class Feedback:
             (version,) = db.execute("PRAGMA user_version").fetchone()
             if application != APPLICATION:
                 raise ValueError(f"{self.path}: is an SQLite file, but not one of ratings; choose another name")
-            if version != VERSION:
+            if version not in (1, VERSION):
                 raise ValueError(f"{self.path}: ratings of version {version}; this program reads version {VERSION}")
+        if version == 1:
+            self._upgrade()
 
     def _create(self) -> None:
         """The tables, where the file is not there or empty; two processes may do so at a time."""
@@ -95,6 +100,14 @@ class Feedback:
                     marks = (f"PRAGMA application_id = {APPLICATION}", f"PRAGMA user_version = {VERSION}")
                     for statement in (*_TABLES, *marks):
                         db.execute(statement)
+
+    def _upgrade(self) -> None:
+        """Version 1 -> 2, unless another process has done so in the meantime."""
+        with self._open() as db:
+            db.execute("BEGIN IMMEDIATE")
+            if db.execute("PRAGMA user_version").fetchone() == (1,):
+                for statement in (_SINCE_1, f"PRAGMA user_version = {VERSION}"):
+                    db.execute(statement)
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
@@ -137,8 +150,12 @@ class Feedback:
         rating: Rating,
         reason: str = "",
         correction: str = "",
+        receipt: str = "",
     ) -> int:
-        """Keep a rated answer; its number. ValueError without consent, or if a text is too long or empty."""
+        """Keep a rated answer; its number. ValueError without consent, or if a text is too long or empty.
+
+        receipt: a secret of who rated it, who can take it back with it.
+        """
         if not self.consent:
             raise ValueError("the user has not agreed to keep conversations; nothing was stored")
         if not messages or messages[-1].role != "user":
@@ -147,11 +164,11 @@ class Feedback:
         if (longest := max(map(len, texts))) > LONGEST:
             raise ValueError(f"a text of {longest:,} characters is too long to be kept (at most {LONGEST:,})")
         document = json.dumps([{"role": m.role, "content": m.content} for m in messages], ensure_ascii=False)
-        row = (_now(), model, document, answer, rating, reason.strip(), correction.strip())
+        row = (_now(), model, document, answer, rating, reason.strip(), correction.strip(), receipt)
         with self._open() as db:
             found = db.execute(
-                "INSERT INTO ratings (made, model, messages, answer, rating, reason, correction) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO ratings (made, model, messages, answer, rating, reason, correction, receipt) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 [text.encode("utf-8", "replace").decode() for text in row],
             )
             assert found.lastrowid is not None
@@ -180,6 +197,11 @@ class Feedback:
         condition, values = ("", ()) if number is None else (" WHERE id = ?", (number,))
         with self._open() as db:
             return db.execute(f"DELETE FROM ratings{condition}", values).rowcount
+
+    def take_back(self, receipt: str) -> int:
+        """Overwrite what was rated with that receipt, reviewed or not; how many ratings that were."""
+        with self._open() as db:
+            return db.execute("DELETE FROM ratings WHERE receipt = ? AND receipt != ''", (receipt,)).rowcount
 
 
 def _now() -> str:

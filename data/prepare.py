@@ -5,6 +5,7 @@
     python -m data.prepare generate diseases.db dialogues.jsonl --endpoint http://localhost:8000/v1 --model NAME
     python -m data.prepare review feedback.db
     python -m data.prepare feedback feedback.db learn.jsonl
+    python -m data.prepare feedback feedback.db --erase 12
 
 A command is a pair of functions: its arguments, and what it does, which imports what it needs when it is called. Exit
 code 2 and one line for anything wrong.
@@ -119,15 +120,25 @@ def feedback_arguments(argv: list[str]) -> argparse.Namespace:
     """The command line after `feedback`."""
     p = Parser("python -m data.prepare feedback", "Write what a reviewer approved, without what identifies a person.")
     p.add_argument("source", metavar="FILE.db", help="reviewed ratings")
-    p.add_argument("out", metavar="OUT.jsonl", help="records to train on; OUT.pairs.jsonl gets pairs for DPO")
-    return p.parse_args(argv)
+    p.add_argument("out", metavar="OUT.jsonl", nargs="?", help="records to train on; OUT.pairs.jsonl: pairs for DPO")
+    p.add_argument("--erase", metavar="N", nargs="+", help="instead: erase the ratings of these numbers, or all")
+    args = p.parse_args(argv)
+    if (args.out is None) == (args.erase is None):
+        p.error("give either OUT.jsonl or --erase")
+    wrong = [n for n in args.erase or () if not (n.isascii() and n.isdigit() and len(n) < 19)]
+    if wrong and args.erase != ["all"]:
+        p.error(f"--erase takes numbers of ratings, or all alone; {wrong[0]!r} is neither")
+    return args
 
 
 def feedback(args: argparse.Namespace) -> None:
-    """Approved ratings -> training records."""
+    """Approved ratings -> training records; or ratings erased."""
     from data import review
 
-    review.write_export(args.source, args.out)
+    if args.erase is None:
+        review.write_export(args.source, args.out)
+    else:
+        review.erase(args.source, None if args.erase == ["all"] else [int(n) for n in args.erase])
 
 
 Command = tuple[Callable[[list[str]], argparse.Namespace], Callable[[argparse.Namespace], int | None]]

@@ -2,7 +2,7 @@
 
 `python -m data.prepare review FILE.db` asks about one rating after the other; `python -m data.prepare feedback FILE.db
 OUT.jsonl` writes what was approved: good answers and corrections to learn from, and OUT.pairs.jsonl, where each
-correction is preferred to the answer that it corrects, for --objective dpo.
+correction is preferred to the answer that it corrects, for --objective dpo. `--erase N ...` erases instead.
 """
 
 from __future__ import annotations
@@ -168,6 +168,22 @@ def write_export(source: str, target: str) -> None:
         with atomic_file(file, sum(map(len, lines)) * 4) as staged:
             staged.write_text("".join(lines), encoding="utf-8")
     print(f"{len(found.records)} records in {out}, {len(found.pairs)} pairs in {pairs_file(out)}; left out: {counts}")
+
+
+# --- erasing --------------------------------------------------------------------------------------
+
+
+def erase(source: str, numbers: Sequence[int] | None) -> None:
+    """Overwrite those ratings, or all of them and the consent; says how many. ValueError if one is not there."""
+    feedback = Feedback(source, create=False)
+    if numbers is None:
+        erased = feedback.withdraw()
+    else:
+        missing = sorted(set(numbers) - {r.id for r in feedback.ratings()})
+        if missing:
+            raise ValueError(f"{source}: there is no rating {missing[0]}; nothing was erased")
+        erased = sum(feedback.erase(n) for n in set(numbers))
+    print(f"{source}: ratings erased: {erased}; what was exported before still holds them")
 
 
 def pairs_file(out: Path) -> Path:

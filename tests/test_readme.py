@@ -8,6 +8,7 @@ import shlex
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -139,6 +140,15 @@ def test_streams_are_measured() -> None:
     first = f"first token in {many['first_token_ms_p50']:.0f} ms, p95 {many['first_token_ms_p95']:.0f} ms"  # type: ignore[index]
     assert f"16 streams, 15M fp32, one core | {both:.2f}x one" in README
     assert f"(steps alone {steps:.2f}x), {first} |" in README
+
+
+def test_load_over_http_is_measured() -> None:
+    table: Any = next(r for r in result("serve_cpu.json") if r["shape"] == "15m")["rows"]
+    rows = [r for r in table if r["clients"] == 16]
+    assert [r["server"] for r in rows] == ["ours", "llama.cpp", "llama-cpp-python"]
+    tokens = " / ".join(f"{r['tokens_per_own_s']:.0f}" for r in rows)
+    first = " / ".join(f"{r['first_ms_p95'] / 1e3:.1f}" for r in rows)
+    assert f"| {tokens} tokens a second of the server's processor time, first text within {first} s (p95) |" in README
 
 
 def test_what_rounding_costs_is_measured() -> None:

@@ -300,7 +300,8 @@ def test_mistakes_end_with_one_line(capsys: pytest.CaptureFixture[str], model: P
     assert "--port is 99999" in failed(capsys, "--port", "99999")
     with socket.create_server(("127.0.0.1", 0)) as s:
         port = str(s.getsockname()[1])
-        assert "cannot listen" in failed(capsys, "--checkpoint", str(model), "--port", port)
+        error = failed(capsys, "--checkpoint", str(model), "--port", port)
+        assert f"cannot listen on 127.0.0.1, port {port}: another program does" in error
 
 
 def test_a_model_that_does_not_load_ends_it(model: Path, tmp_path: Path) -> None:

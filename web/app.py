@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import secrets
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -54,7 +55,7 @@ def application(
         ("GET", "/openapi.json", routes.openapi),
         ("GET", "/api/about", routes.about),
         ("POST", "/api/feedback", routes.rate),
-        ("DELETE", "/api/feedback", routes.erase),
+        ("DELETE", "/api/feedback/{receipt}", routes.take_back),
         ("GET", "/", routes.page),
         ("GET", "/page/{name}", routes.page),
     ]
@@ -161,16 +162,19 @@ class _Routes:
         feedback = self._feedback()
         rated = requests.rating(await self._json(scope, receive), self._service.rating_body)
 
+        receipt = secrets.token_urlsafe(16)  # numbers can be guessed, and would let anybody erase anything
+
         def keep() -> int:
             feedback.agree()
             return feedback.add(
-                self._service.name, rated.messages, rated.answer, rated.rating, rated.reason, rated.correction
+                self._service.name, rated.messages, rated.answer, rated.rating, rated.reason, rated.correction, receipt
             )
 
-        await _say(send, {"id": await _in_thread(keep)})
+        await _say(send, {"id": await _in_thread(keep), "receipt": receipt})
 
-    async def erase(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await _say(send, {"erased": await _in_thread(self._feedback().withdraw)})
+    async def take_back(self, scope: Scope, receive: Receive, send: Send) -> None:
+        feedback, receipt = self._feedback(), scope["path_params"]["receipt"]
+        await _say(send, {"erased": await _in_thread(lambda: feedback.take_back(receipt))})
 
     def _feedback(self) -> Any:
         self._service.answering()

@@ -53,7 +53,8 @@ class Choices:
         """Until all have ended; None after so many seconds without any."""
         while self._open:
             try:
-                i, happening = await asyncio.wait_for(self._arrived.get(), patience)
+                async with asyncio.timeout(patience):  # wait_for of Python 3.11 may swallow a cancellation
+                    i, happening = await self._arrived.get()
             except TimeoutError:
                 yield None
                 continue

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from web.refusal import Refusal, wrong
 
 SHOWN = 40  # characters of a wrong value that an error repeats
+LONGEST_NUMBER = 400  # characters; the largest fp64 number has 309 digits
 
 
 class Kind(Protocol):
@@ -32,7 +33,11 @@ def parse(body: bytes) -> Any:
     """A JSON text, more strictly than Python reads it: UTF-8, no NaN, no key twice, no half of a surrogate pair."""
     try:
         value = json.loads(
-            body.decode(), parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_without_doubles
+            body.decode(),
+            parse_constant=_no_constant,
+            parse_float=_finite,
+            parse_int=_whole,
+            object_pairs_hook=_without_doubles,
         )
         if b"\\u" in body:
             json.dumps(value, ensure_ascii=False).encode()
@@ -51,6 +56,12 @@ def parse(body: bytes) -> Any:
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON number")
+
+
+def _whole(text: str) -> int:
+    if len(text) > LONGEST_NUMBER:
+        raise ValueError(f"a number has over {LONGEST_NUMBER} digits")
+    return int(text)
 
 
 def _finite(text: str) -> float:

@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from web.refusal import Refusal
 from web.service import Service
 
-LINGER_BYTES, LINGER_TIME = 4 << 20, 2.0  # of a body that is not wanted, read so that its sender sees the answer
+LINGER_BYTES, LINGER_TIME = 4 << 20, 10.0  # of a body that is not wanted, read so that its sender sees the answer
 OPEN = (
     "/healthz",
     "/",

@@ -18,20 +18,20 @@ def document(service: Service, keyed: bool) -> dict[str, Any]:
     answer = _object(id=_TEXT, object=_TEXT, created=_COUNT, model=_TEXT, choices={"type": "array"})
     model = _object(id=_TEXT, object=_TEXT, created=_COUNT, owned_by=_TEXT)
     about = _object(model=_TEXT, description=_TEXT, context=_COUNT, disclaimer=_TEXT)
-    one = {"name": "model", "in": "path", "required": True, "schema": _TEXT}
     paths: dict[str, Any] = {
         "/v1/chat/completions": {"post": _post("Answer a chat", chat, answer, stream=True)},
         "/v1/completions": {"post": _post("Go on from a text", completion, answer, stream=True)},
         "/v1/models": {"get": _get("The one model", _object(object=_TEXT, data={"type": "array", "items": model}))},
-        "/v1/models/{model}": {"get": {**_get("A model by its name", model, ("404",)), "parameters": [one]}},
+        "/v1/models/{model}": {"get": {**_get("A model by its name", model, ("404",)), **_named("model")}},
         "/api/about": {"get": _get("What answers here", about)},
         "/healthz": {"get": {**_get("Whether the server answers", _object(status=_TEXT)), "security": []}},
     }
     if service.feedback is not None:
         paths["/api/feedback"] = {
-            "post": _post("Keep a rated answer", rating, _object(id=_COUNT)),
-            "delete": _get("Erase all of them, and the consent", _object(erased=_COUNT)),
+            "post": _post("Keep a rated answer; the receipt takes it back", rating, _object(id=_COUNT, receipt=_TEXT)),
         }
+        taken = _get("Erase what was kept with that receipt, if anything was", _object(erased=_COUNT), ("404",))
+        paths["/api/feedback/{receipt}"] = {"delete": {**taken, **_named("receipt")}}
     security = {"security": [{"key": []}]} if keyed else {}
     return {
         "openapi": "3.1.0",
@@ -44,6 +44,11 @@ def document(service: Service, keyed: bool) -> dict[str, Any]:
 
 def _object(**properties: dict[str, Any]) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+def _named(name: str) -> dict[str, Any]:
+    """What stands in the path."""
+    return {"parameters": [{"name": name, "in": "path", "required": True, "schema": _TEXT}]}
 
 
 def _errors(*statuses: str) -> dict[str, Any]:

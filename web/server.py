@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import signal
 import socket
 import threading
@@ -30,7 +31,9 @@ def listen(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=512)
     except OSError as e:
-        raise ValueError(f"cannot listen on {host}, port {port} ({e.strerror or e})") from None
+        used = e.errno == errno.EADDRINUSE
+        why = "another program does; choose another one with --port" if used else e.strerror or str(e)
+        raise ValueError(f"cannot listen on {host}, port {port}: {why}") from None
 
 
 class Server(uvicorn.Server):

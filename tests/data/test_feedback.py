@@ -72,6 +72,27 @@ def test_what_is_erased_is_not_in_the_file(agreed: Feedback) -> None:
     assert not agreed.consent
 
 
+def test_who_has_the_receipt_takes_a_rating_back(agreed: Feedback) -> None:
+    for receipt in ("", "a", "b"):
+        agreed.add("m", ASKED, f"Answer {receipt}.", "good", receipt=receipt)
+    agreed.decide(3, "approved", "Dr A")
+    assert [agreed.take_back(receipt) for receipt in ("", "c", "%", "a", "a", "b")] == [0, 0, 0, 1, 0, 1]
+    assert [r.id for r in agreed.ratings()] == [1]
+    assert agreed.consent
+
+
+def test_files_of_version_1_are_read_and_kept(agreed: Feedback) -> None:
+    agreed.add("m", ASKED, "Rest.", "good")
+    with sqlite3.connect(agreed.path) as db:
+        db.execute("ALTER TABLE ratings DROP COLUMN receipt")
+        db.execute("PRAGMA user_version = 1")
+    with ThreadPoolExecutor(4) as pool:
+        opened = list(pool.map(lambda _: Feedback(agreed.path), range(4)))
+    opened[0].add("m", ASKED, "Sleep.", "good", receipt="r")
+    assert [r.answer for r in opened[1].ratings()] == ["Rest.", "Sleep."]
+    assert opened[2].take_back("r") == 1
+
+
 def test_only_its_owner_reads_it(agreed: Feedback) -> None:
     assert stat.S_IMODE(agreed.path.stat().st_mode) == 0o600
 
@@ -133,7 +154,7 @@ def test_other_databases_and_versions_are_refused(tmp_path: Path, agreed: Feedba
         Feedback(other)
     with sqlite3.connect(agreed.path) as db:
         db.execute("PRAGMA user_version = 9")
-    with pytest.raises(ValueError, match="of version 9; this program reads version 1"):
+    with pytest.raises(ValueError, match="of version 9; this program reads version 2"):
         Feedback(agreed.path)
     with pytest.raises(ValueError, match="no such file"):
         Feedback(tmp_path / "absent.db", create=False)

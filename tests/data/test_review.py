@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from data import prepare
 from data.feedback import Feedback
 from data.records import read_records
 from data.review import export, pairs_file, review, show
 from llama.chat import Message
 
 ASKED = (Message("user", "Doctor Brown, I cough."),)
+
+REMAINS = "what was exported before still holds them"
 
 
 @pytest.fixture
@@ -91,3 +94,32 @@ def test_only_what_was_approved_is_exported(feedback: Feedback, tmp_path: Path) 
     pair = read_records(pairs_file(out), pairs=True, instruction="")
     assert tuple(r.dialogue.messages[-1].content for r in pair) == ("Rest, [NAME].", "Run.")
     assert json.loads(found.pairs[0])["source"] == {"rating": 2, "model": "m", "reviewer": "Dr A"}
+
+
+def test_an_administrator_erases_by_number(
+    feedback: Feedback, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*argv: str) -> tuple[int, str]:
+        try:
+            status = prepare.main(["feedback", *argv])
+        except SystemExit as e:
+            status = int(e.code or 0)
+        said = capsys.readouterr()
+        return status, said.out + said.err
+
+    source = str(feedback.path)
+    for argv in (["x"], ["all", "1"], ["-1"], ["1", "٣"], ["9" * 30], []):
+        status, said = run(source, "--erase", *argv)
+        assert (status, said.count("\n")) == (2, 1), said
+    assert "give either" in run(source)[1]
+    assert "give either" in run(source, str(tmp_path / "out.jsonl"), "--erase", "1")[1]
+    assert "no such file" in run(str(tmp_path / "absent.db"), "--erase", "1")[1]
+    status, said = run(source, "--erase", "1", "99")
+    assert (status, "there is no rating 99; nothing was erased" in said) == (2, True)
+    assert len(feedback.ratings()) == 3
+    assert run(source, "--erase", "1", "3", "1") == (0, f"{source}: ratings erased: 2; {REMAINS}\n")
+    assert [r.id for r in feedback.ratings()] == [2]
+    assert feedback.consent
+    assert run(source, "--erase", "all") == (0, f"{source}: ratings erased: 1; {REMAINS}\n")
+    assert feedback.ratings() == []
+    assert not feedback.consent

@@ -58,7 +58,8 @@ class PageServer:
     def __init__(self) -> None:
         self.replies: list[Reply] = []
         self.asked: list[dict[str, Any]] = []  # bodies of requests for answers
-        self.ratings: list[dict[str, Any]] = []
+        self.ratings: list[dict[str, Any]] = []  # as they came
+        self.kept: dict[str, dict[str, Any]] = {}  # those that were not taken back, by their receipts
         self.paths: list[str] = []  # of all requests
         self.about: dict[str, Any] = {"model": "stub", "description": "0.9M parameters, float32", "context": 512}
         self.about |= {"disclaimer": "Not medical advice, and\nnot a doctor.", "diseases": True, "feedback": True}
@@ -111,13 +112,13 @@ class PageServer:
             return self._send_json(http, 401, {"error": {"message": "Wrong key", "type": "authentication_error"}})
         if http.path == "/api/about":
             return self._send_json(http, 200, self.about)
-        if http.path == "/api/feedback" and http.command == "DELETE":
-            erased = len(self.ratings)
-            self.ratings.clear()
-            return self._send_json(http, 200, {"erased": erased})
+        if http.path.startswith("/api/feedback/"):
+            erased = self.kept.pop(http.path.rpartition("/")[2], None)
+            return self._send_json(http, 200, {"erased": int(erased is not None)})
         if http.path == "/api/feedback":
             self.ratings.append(body)
-            return self._send_json(http, 200, {"id": len(self.ratings)})
+            self.kept[f"receipt-{len(self.ratings)}"] = body
+            return self._send_json(http, 200, {"id": len(self.ratings), "receipt": f"receipt-{len(self.ratings)}"})
         self.asked.append(body)
         return self._answer(http, self.replies.pop(0) if self.replies else Reply())
 

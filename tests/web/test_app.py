@@ -234,9 +234,20 @@ def test_ratings_are_kept_with_consent_and_erased(serve: Serve, tmp_path: Path) 
     rated = {"messages": QUESTION, "answer": "A cold.", "rating": "good"}
     assert running.ask(path="/api/feedback", json=rated).status_code == 400
     assert running.ask(path="/api/feedback", json={**rated, "consent": False}).status_code == 400
-    assert running.ask(path="/api/feedback", json={**rated, "consent": True}).json() == {"id": 1}
+    receipts = []
+    for number in (1, 2):
+        kept = running.ask(path="/api/feedback", json={**rated, "consent": True}).json()
+        assert kept["id"] == number
+        receipts.append(kept["receipt"])
     assert running.ask("GET", "/api/about").json()["feedback"] is True
-    assert running.ask("DELETE", "/api/feedback").json() == {"erased": 1}
+    assert running.ask("DELETE", "/api/feedback").status_code == 405, "nobody erases everybody's"
+    for guess in ("1", "2", "%20", "*", "'' OR 1", receipts[0][:-1]):
+        assert running.ask("DELETE", f"/api/feedback/{guess}").json() == {"erased": 0}
+    assert running.ask("DELETE", f"/api/feedback/{receipts[0]}").json() == {"erased": 1}
+    assert running.ask("DELETE", f"/api/feedback/{receipts[0]}").json() == {"erased": 0}
+    assert [r.id for r in Feedback(tmp_path / "ratings.db").ratings()] == [2]
+    assert len(receipts[1]) > 20
+    assert receipts[1] not in "".join(running.log)
     assert serve().ask(path="/api/feedback", json={**rated, "consent": True}).status_code == 404
 
 

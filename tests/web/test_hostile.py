@@ -320,7 +320,7 @@ def test_a_key_is_wanted_everywhere_but_for_health_and_the_page(serve: Serve) ->
         ("GET", "/metrics"),
         ("GET", "/openapi.json"),
         ("GET", "/api/about"),
-        ("DELETE", "/api/feedback"),
+        ("DELETE", "/api/feedback/receipt"),
         ("GET", "/no/such/thing"),
         ("GET", "//healthz"),
         ("OPTIONS", "/v1/models"),

@@ -52,7 +52,7 @@ def fuzz(serve: Serve, tmp_path: Path, examples: int) -> int:
 
         @seed(0)
         @settings(
-            max_examples=examples if operation.method != "get" else min(examples, 20),
+            max_examples=examples if operation.method == "post" else min(examples, 20),
             deadline=None,
             database=None,
             phases=[Phase.generate],
@@ -62,7 +62,9 @@ def fuzz(serve: Serve, tmp_path: Path, examples: int) -> int:
         def send(case: schemathesis.Case) -> None:
             nonlocal sent
             sent += 1
-            case.call_and_validate(checks=CHECKS, timeout=30)
+            # An answer that never comes is a fault; one that takes long is the machine's: at a twentieth of a core some
+            # of 160 pieces took over 30 s.
+            case.call_and_validate(checks=CHECKS, timeout=300)
 
         send()
     assert running.ask("GET", "/healthz").status_code == 200
@@ -74,6 +76,6 @@ def test_some_cases(serve: Serve, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(4 * 3600)  # 150 s on a core of its own, 49 minutes were seen on a twentieth of one
 def test_ten_thousand_cases(serve: Serve, tmp_path: Path) -> None:
     assert fuzz(serve, tmp_path, 3600) >= 10_000

@@ -330,11 +330,45 @@ def test_ratings_need_consent(page: Any, server: PageServer) -> None:
     turn.get_by_text("Kept as rating 3").wait_for()
     kept = server.ratings[1]
     assert (kept["rating"], kept["reason"], kept["correction"]) == ("bad", "too short", "A cold lasts ten days.")
-    page.get_by_role("button", name="Privacy and data").click()
-    page.get_by_role("button", name="Erase ratings on the server").click()
+
+
+def test_ratings_of_this_browser_are_erased_and_no_others(page: Any, server: PageServer) -> None:
+    server.kept["of somebody else"] = {}
+    turn = ask(page, "My nose runs.")
+    turn.get_by_role("button", name="Good answer").click()
+    page.get_by_role("button", name="I agree").click()
+    turn.get_by_text("Kept as rating 1").wait_for()
+    page.get_by_role("button", name="New consultation").click()
+    turn = ask(page, "My knee hurts.")
+    turn.get_by_role("button", name="Good answer").click()
+    turn.get_by_text("Kept as rating 2").wait_for()
+    page.get_by_role("button", name="Erase “My nose runs.”").click()
     page.get_by_role("button", name="Erase", exact=True).click()
-    page.get_by_text("3 ratings are erased.").wait_for()
+    page.get_by_text("Erased", exact=True).wait_for()
+    page.reload()
+    assert len(stored(page, "chatdoctor.receipt.")) == 2, "also of a consultation that is erased here"
+    page.get_by_role("button", name="Privacy and data").click()
+    page.get_by_role("button", name="Erase everything in this browser").click()
+    page.get_by_text("Ratings that you sent stay on the server").wait_for()
+    page.get_by_role("button", name="Cancel").click()
+    page.route("**/api/feedback/receipt-2", lambda route: route.abort())
+    page.get_by_role("button", name="Erase my ratings on the server").click()
+    page.get_by_role("button", name="Erase", exact=True).click()
+    page.get_by_text("1 rating is erased. The server cannot be reached.").wait_for()
+    assert len(stored(page, "chatdoctor.receipt.")) == 1, "what could not be erased can be erased later"
+    page.unroute("**/api/feedback/receipt-2")
+    page.get_by_role("button", name="Erase my ratings on the server").click()
+    page.get_by_role("button", name="Erase", exact=True).click()
+    page.get_by_text("1 rating is erased.", exact=True).wait_for()
+    assert list(server.kept) == ["of somebody else"]
+    assert stored(page, "chatdoctor.receipt.") == []
     assert "chatdoctor.consent" not in stored(page)
+    page.get_by_role("button", name="Close", exact=True).click()
+    turn = page.locator(".turn")
+    assert turn.get_by_role("button", name="Good answer").get_attribute("aria-pressed") == "false"
+    page.reload()
+    turn.get_by_role("button", name="Good answer").wait_for()
+    assert turn.get_by_text("Kept as rating").count() == 0
 
 
 @pytest.mark.parametrize(

@@ -39,14 +39,14 @@ export async function about() {
   return (await ask("GET", "api/about")).json();
 }
 
-/** Have a rated answer kept; the number it is kept as. */
+/** Have a rated answer kept: {id, receipt}, the number it is kept as and what takes it back. */
 export async function rate(rating) {
-  return (await (await ask("POST", "api/feedback", rating)).json()).id;
+  return (await ask("POST", "api/feedback", rating)).json();
 }
 
-/** Erase the ratings that the server keeps; how many that were. */
-export async function eraseRatings() {
-  return (await (await ask("DELETE", "api/feedback")).json()).erased;
+/** Erase the rating of a receipt; how many that were, 0 if the server does not have it. */
+export async function takeBack(receipt) {
+  return (await (await ask("DELETE", `api/feedback/${encodeURIComponent(receipt)}`)).json()).erased;
 }
 
 /**

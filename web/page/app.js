@@ -1,6 +1,6 @@
 // The page: which consultation is shown, what is asked, and what the buttons outside a turn do.
 
-import { eraseRatings, setKey } from "./api.js";
+import { setKey, takeBack } from "./api.js";
 import { abandon, ask, connect, keep, messagesOf, server, stop, withKey, writing } from "./asking.js";
 import { byId, el, furnish, icon, open, plain, say, sure } from "./dom.js";
 import { cardLine, editCard } from "./patient.js";
@@ -217,7 +217,10 @@ async function eraseAll() {
   if (
     !(await sure(
       "Erase everything?",
-      "All consultations, the patient card, the key and your consent will be erased from this browser.",
+      "All consultations, the patient card, the key and your consent will be erased from this browser." +
+        (store.receipts().length
+          ? " Ratings that you sent stay on the server, and you cannot erase them afterwards: do that first."
+          : ""),
     ))
   )
     return;
@@ -236,17 +239,35 @@ async function eraseKept() {
   if (
     !(await sure(
       "Erase the ratings?",
-      "All ratings that this server keeps will be erased, and your consent is taken back.",
+      "The ratings that were sent from this browser will be erased on the server, and your consent is taken back.",
     ))
   )
     return;
+  let erased = 0;
+  let trouble = "";
   try {
-    const erased = await withKey(eraseRatings);
+    for (const receipt of store.receipts()) {
+      erased += await withKey(() => takeBack(receipt));
+      store.forgetReceipt(receipt);
+    }
     store.keepConsent(false);
-    byId("privacy-said").textContent = `${erased} ${erased === 1 ? "rating is" : "ratings are"} erased.`;
+    forgetMarks();
   } catch (error) {
-    byId("privacy-said").textContent = error.message;
+    trouble = ` ${error.message}`;
   }
+  byId("privacy-said").textContent = `${erased} ${erased === 1 ? "rating is" : "ratings are"} erased.${trouble}`;
+}
+
+/** No answer is shown as rated any more. */
+function forgetMarks() {
+  const inMemory = [shown, writing()?.consultation].filter(Boolean); // later than what is stored
+  for (const stored of store.consultations()) {
+    const one = inMemory.find((other) => other.id === stored.id) ?? stored;
+    if (!one.turns.some((turn) => turn.rating)) continue;
+    for (const turn of one.turns) turn.rating = null;
+    store.keep(one);
+  }
+  showConsultation();
 }
 
 // --- the rest of the page ---

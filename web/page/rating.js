@@ -2,7 +2,7 @@
 
 import { rate } from "./api.js";
 import { byId, open } from "./dom.js";
-import { consent, keepConsent } from "./store.js";
+import { consent, keepConsent, keepReceipt } from "./store.js";
 
 /**
  * Rate an answer; null if the user changes their mind, else {rating, id}. messages end with the question.
@@ -22,6 +22,7 @@ export async function rated(messages, answer, rating, send) {
     reason = form.reason.value.trim();
     correction = form.correction.value.trim() === answer.trim() ? "" : form.correction.value.trim();
   }
-  const id = await send(() => rate({ consent: true, messages, answer, rating, reason, correction }));
+  const { id, receipt } = await send(() => rate({ consent: true, messages, answer, rating, reason, correction }));
+  keepReceipt(receipt);
   return { rating, id };
 }

@@ -1,8 +1,10 @@
-// What this browser keeps: consultations, the patient card, the consent to ratings, the theme. In localStorage, under
-// names that begin with "chatdoctor."; where the browser allows none, in memory until the page is left.
+// What this browser keeps: consultations, the patient card, the consent to ratings and their receipts, the theme. In
+// localStorage, under names that begin with "chatdoctor."; where the browser allows none, in memory until the page is
+// left.
 
 const PREFIX = "chatdoctor.";
 const CONSULTATION = "consultation.";
+const RECEIPT = "receipt.";
 const memory = new Map();
 let told = false;
 
@@ -119,6 +121,21 @@ export function consent() {
 export function keepConsent(agreed) {
   if (agreed) write("consent", new Date().toISOString());
   else remove("consent");
+}
+
+/** What takes back the ratings that were sent from this browser; one entry each, for two tabs may send at a time. */
+export function receipts() {
+  return names()
+    .filter((name) => name.startsWith(RECEIPT))
+    .map((name) => name.slice(RECEIPT.length));
+}
+
+export function keepReceipt(receipt) {
+  write(RECEIPT + receipt, "");
+}
+
+export function forgetReceipt(receipt) {
+  remove(RECEIPT + receipt);
 }
 
 export function keepTheme(theme) {
