@@ -75,12 +75,12 @@ class Line:
 
 LINES = [
     Line("7b", "adamw_split", "packed", False, (5, 4, 2, 1)),
-    Line("7b", "adamw_split_bf16", "packed", False, (8, 4, 2)),
-    Line("7b", "adamw_split_bf16", "packed", True, (32, 16)),
     Line("7b", "liger", "packed", True, (8, 4, 2)),
+    Line("7b", "adamw_split_bf16", "packed", False, (8, 4, 2)),
     Line("7b", "lora", "packed", True, (8, 4, 2)),
-    Line("7b", "lora_4bit", "packed", True, (8, 4, 2)),
     Line("7b", "transformers", "packed", True, (8, 4, 2)),
+    Line("7b", "lora_4bit", "packed", True, (8, 4, 2)),
+    Line("7b", "adamw_split_bf16", "packed", True, (32, 16)),
     Line("7b", "transformers", "padded", True, (PADDED_RECORDS,)),
     Line("llama3.2-3b", "adamw_split", "packed", False, (16, 8, 4)),
     Line("llama3.2-3b", "liger", "packed", False, (8, 4, 2)),
