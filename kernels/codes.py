@@ -54,10 +54,15 @@ class Tiles(NamedTuple):
 
 
 VECTOR = {4: Vector(1, 128, 1), 8: Vector(4, 32, 3)}  # by the bits of a code; timed on an H200
-# By the most rows of x that they serve. fp32 has no Tensor Cores: its tiles are what spills nothing.
+# By family and bytes of a number, and by the most rows of x that they serve. fp32 has no Tensor Cores: its tiles are
+# what spills nothing.
+FEW = {16: Tiles(16, 64, 128, 4, 3), 64: Tiles(64, 64, 64, 4, 3)}
+FP32 = {16: Tiles(16, 32, 32, 4, 1), 2**63: Tiles(32, 64, 32, 4, 1)}
 TILES = {
-    2: {16: Tiles(16, 64, 128, 4, 3), 64: Tiles(64, 64, 64, 4, 3), 2**63: Tiles(256, 128, 64, 8, 3)},
-    4: {16: Tiles(16, 32, 32, 4, 1), 2**63: Tiles(32, 64, 32, 4, 1)},
+    (80, 2): {**FEW, 2**63: Tiles(128, 128, 64, 8, 3)},
+    (90, 2): {**FEW, 2**63: Tiles(256, 128, 64, 8, 3)},  # on an H200 1.13x (8 bits) and 1.23x (4) of sm_80's
+    (80, 4): FP32,
+    (90, 4): FP32,
 }
 PROGRAMS = 4  # of the vector's for a multiprocessor, before `in` is cut
 TILE_PROGRAMS = 2
@@ -309,7 +314,8 @@ def _tiled(x: Tensor, codes: Tensor, scales: Tensor, bits: int, y: Tensor) -> No
     (M, width), (out, row_bytes), groups = x.shape, codes.shape, scales.shape[1]
     if bits == 4:
         x = x.reshape(M, width // 2, 2).transpose(1, 2)
-    t = next(tiles for most, tiles in TILES[x.element_size()].items() if most >= M)
+    family = launch.family(launch.architecture(x.device))
+    t = next(tiles for most, tiles in TILES[family, x.element_size()].items() if most >= M)
     group_bytes = row_bytes // groups
     block_b = t.block_b if groups == 1 else min(t.block_b, group_bytes)
     total, tiles = triton.cdiv(row_bytes, block_b), (triton.cdiv(M, t.block_m), triton.cdiv(out, t.block_n))

@@ -34,7 +34,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from kernels.launch import OPTIONS, architecture, with_workspace
+from kernels.launch import OPTIONS, architecture, family, with_workspace
 from kernels.reference import Documents
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -52,9 +52,9 @@ class Tiles(NamedTuple):
     stages: int
 
 
-# Large tiles that compile without spills and within shared memory, triton 3.6 and 3.9 (bench/bench_tiles.py); the
-# sm_80 ones stay within the 99 KiB of sm_86, sm_89 and sm_120. 128 x 128 would fit as well for dq on sm_90 and for the
-# forward on sm_80 at 64; dkdv on sm_80 spills 12 bytes at 128 under 3.9, 8 at 64 under 3.6. Not yet timed on a GPU.
+# Tiles that compile without spills and within shared memory, triton 3.6 and 3.9 (bench/bench_tiles.py); the sm_80 ones
+# stay within the 99 KiB of sm_86, sm_89 and sm_120. For heads of 128 on sm_90 the best for both of the sweep's shapes
+# on an H200 (bench/results/tiles_nvidia_h200.json); the others are the largest, not yet timed.
 # (kernel, architecture, padded head size, bytes of a number)
 TILES = {
     ("forward", 80, 64, 2): Tiles(128, 64, 8, 3),
@@ -82,7 +82,7 @@ OVERRIDE: dict[str, Tiles] = {}  # kernel -> tiles, for the sweep and the tests
 def entry(kind: str, arch: int, head: int, itemsize: int) -> tuple[str, int, int, int]:
     """The entry of TILES: kernel "forward", "dkdv" or "dq", an architecture as in sm_90, a head, bytes of a number."""
     # fp32 runs on the CUDA cores. On sm_90 anything larger than 16 x 16 spills 300 to 19,000 bytes (triton 3.6, 3.9).
-    return kind, 90 if 90 <= arch < 120 else 80, 64 if head <= 64 and itemsize == 2 else 128, itemsize
+    return kind, family(arch), 64 if head <= 64 and itemsize == 2 else 128, itemsize
 
 
 def tiles(kind: str, arch: int, head: int, itemsize: int) -> Tiles:

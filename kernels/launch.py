@@ -69,6 +69,11 @@ def architecture(device: torch.device) -> int:
     return driver.active.get_current_target().arch
 
 
+def family(arch: int) -> int:
+    """90 where a program may take 227 KiB of shared memory (sm_90 to sm_103), else 80: what tiles are chosen by."""
+    return 90 if 90 <= arch < 120 else 80
+
+
 @cache
 def _multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count

@@ -99,7 +99,7 @@ def test_long_rows_are_cut_and_joined(
     monkeypatch.setattr(
         coded, "_join", lambda sums, y: joins.append(len(sums) if sums is not y else 1) or join(sums, y)
     )
-    codes, scales = matrix(19, 128 * 45, bits, group, BF16)
+    codes, scales = matrix(7, 128 * 45, bits, group, BF16)
     x = normal(rows, 128 * 45, dtype=BF16)
     first = compare(no_worse, x, codes, scales, bits)
     assert min(joins) > 1, joins
