@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# The built-in model learns to answer from rows of the disease database, and to cite them, on a CPU.
+# The built-in model learns to answer from rows of the disease database, and to cite them.
 #
 #   runs/grounded_tiny.sh
 #
 # BASE: the model to go on from (default out/tiny, which `make demo` trains). OUT: where data and models go.
 # First rows before the questions, with plain questions replayed so that these are not unlearnt; then the same with
-# drills, which only teach to copy. STEPS: optimizer steps of the two stages (default "900 3000", some 20 minutes on two
-# free cores; with "900 750" copying had only begun, see docs/log.md). SAMPLES: rows, plain; rows, drills, plain.
+# drills, which only teach to copy. STEPS: optimizer steps of the two stages (default "900 9000": the second takes three
+# minutes on an H200, which it leaves mostly idle, and hours on two cores; with "900 750" copying had only begun, see
+# docs/log.md). SAMPLES: rows, plain; rows, drills, plain.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 BASE=${BASE:-out/tiny} OUT=${OUT:-out/grounded} PYTHON=${PYTHON:-.venv/bin/python}
-read -r ROWS_STEPS COPY_STEPS <<<"${STEPS:-900 3000}"
+read -r ROWS_STEPS COPY_STEPS <<<"${STEPS:-900 9000}"
 read -r ROWS PLAIN MORE_ROWS DRILLS MORE_PLAIN <<<"${SAMPLES:-10000 7000 15000 30000 10000}"
 
 stage() { # stage NAME START STEPS DIALOGUES_A_STEP SAMPLES...
