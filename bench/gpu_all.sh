@@ -5,15 +5,16 @@
 #   bench/gpu_all.sh                     # or: PYTHON=.venv/bin/python OUT=/tmp/gpu TIME=480 bench/gpu_all.sh
 #
 # PYTHON: an interpreter with torch, triton and pytest; answers want sentencepiece as well. OUT: where every log and
-# result goes. TIME: seconds for all, of which TESTS, PEERS and STEPS are the most that those parts may take; TRAIN,
-# DECODE and TILES are kept for the last three. None stops the next. pytest-xdist, pytest-timeout and hypothesis are done
-# without where they are missing; wheels of them in .whl/ are used. The table comes last, with a line for each part.
+# result goes. TIME: seconds for all, of which TESTS, PEERS, STEPS and COMMANDS are the most that those parts may take;
+# TRAIN, DECODE and TILES are kept for the last three. None stops the next. pytest-xdist, pytest-timeout and hypothesis
+# are done without where they are missing; wheels of them in .whl/ are used. The table comes last, with a line for each part.
 # Exit code: 1 unless the tests passed. Without a GPU nothing is measured, and that is no failure.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 
 PYTHON=${PYTHON:-python3} OUT=${OUT:-bench/results/gpu} TIME=${TIME:-480}
-TESTS=${TESTS:-140} PEERS=${PEERS:-30} STEPS=${STEPS:-30} TRAIN=${TRAIN:-90} DECODE=${DECODE:-100} TILES=${TILES:-30}
+TESTS=${TESTS:-120} PEERS=${PEERS:-30} STEPS=${STEPS:-30} COMMANDS=${COMMANDS:-90}
+TRAIN=${TRAIN:-90} DECODE=${DECODE:-100} TILES=${TILES:-30}
 unset TRITON_INTERPRET
 export PYTHONUNBUFFERED=1
 
@@ -80,7 +81,7 @@ fi
 environment 2>&1 | tee "$OUT/environment.log"
 
 # -W default: the machine's Python and torch are seldom the pinned ones; what they warn of is shown, and no failure.
-tests=(-q -p no:cacheprovider -W default) parallel=() without=()
+tests=(-v -p no:cacheprovider -W default) parallel=() without=()
 if have xdist; then
   cores=$(nproc)
   parallel=(-n $((cores < 16 ? (cores + 1) / 2 : 8)) --dist loadgroup)
@@ -97,6 +98,7 @@ fi
 part device_tests "$TESTS" "$PYTHON" -m pytest "${tests[@]}" "${parallel[@]}" -m gpu tests/kernels/on_device || wrong=1
 part peers "$PEERS" "$PYTHON" -m pytest "${tests[@]}" tests/kernels/test_peers.py || wrong=1
 part graph_steps "$STEPS" "$PYTHON" -m pytest "${tests[@]}" -m gpu tests/llama/test_fixed_step.py || wrong=1
+part commands "$COMMANDS" "$PYTHON" -m pytest "${tests[@]}" "${parallel[@]}" -m gpu tests/test_on_gpu.py || wrong=1
 limit=$(($(left) - TRAIN - DECODE - TILES))
 part kernels "$limit" "$PYTHON" -m bench.bench_kernels --seconds $((limit - 45))
 limit=$(($(left) - DECODE - TILES))
@@ -112,6 +114,7 @@ find bench/results -maxdepth 1 -name '*.json' -newer "$OUT/environment.log" -exe
 {
   echo
   cat "$OUT/environment.log"
+  grep -hE '(FAILED|ERROR) +tests/|^E  ' "$OUT"/{device_tests,peers,graph_steps,commands}.log
   # Of the table, what is measured against a target or went wrong; the rest is in the log.
   grep -E ' (met|yes|no|no peer)$|failed|not measured|WRONG|launch-bound|^(ceilings|CPU|[0-9]+ of)' "$OUT/kernels.log"
   grep -vhE '^written' "$OUT/training.log" "$OUT/decoding.log"

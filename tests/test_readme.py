@@ -298,3 +298,33 @@ def test_rows_of_the_table_name_their_own_bench_once() -> None:
     for above, row in pairwise(rows):
         if row[2] == "same":
             assert row[0].split()[0] in (above[0].split()[0], "its"), row
+
+
+def test_what_an_h200_measured() -> None:
+    training = json.loads((ROOT / "bench/results/train_nvidia_h200.json").read_text())["results"]
+    ours, liger = (
+        training[f"7b {w}"]
+        for w in ("adamw_split, packed, nothing recomputed", "liger, packed, every block recomputed")
+    )
+    figures = f"{ours['real_tokens_per_s']:,.0f} tokens/s, {100 * ours['mfu']:.1f} % MFU"
+    assert (
+        f"{figures}, {ours['peak_memory_bytes'] / 2**30:.1f} GiB ({ours['planned_bytes'] / 2**30:.1f} planned)"
+        in README
+    )
+    assert f"{ours['real_tokens_per_s'] / liger['real_tokens_per_s']:.2f}x transformers with Liger's kernels" in README
+    decoding = json.loads((ROOT / "bench/results/decode_nvidia_h200.json").read_text())["results"]
+    alone = [decoding[f"7b {kind}, alone"] for kind in ("bf16", "int8", "int4")]
+    speeds = " / ".join(f"{line['decode_tokens_per_s']:.0f}" for line in alone)
+    shares = " / ".join(f"{100 * line['share']:.0f} %" for line in alone)
+    assert f"| {speeds} tok/s in " in README
+    assert f", {shares} of the memory's speed |" in README
+    rows = {r["name"]: r["implementations"] for r in result("kernels_nvidia_h200.json")}
+    for step in ("forward", "backward"):
+        lengths = ("8 x 2,048", "4 x 4,096", "2 x 8,192", "1 x 16,384")
+        found = [rows[f"attention {step}, {n}, 16 heads of 128"] for n in lengths]
+        said = " / ".join(f"{f['ours']['per_second'] / 1e12:.0f}" for f in found) + " TFLOP/s = "
+        peers = [
+            " / ".join(f"{f['ours']['per_second'] / f[peer]['per_second']:.2f}x" for f in found) + f" {name}"
+            for peer, name in (("sdpa_flash", "FlashAttention-2"), ("cudnn", "cuDNN"))
+        ]
+        assert said + ", ".join(peers) + " |" in README

@@ -15,7 +15,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPT = ROOT / "bench/gpu_all.sh"
 
-PARTS = ("device_tests", "peers", "graph_steps", "kernels", "training", "decoding", "tiles")
+PARTS = ("device_tests", "peers", "graph_steps", "commands", "kernels", "training", "decoding", "tiles")
 
 # In the place of python: one GPU, and parts that do what the variables say.
 PLAYED = """#!/usr/bin/env bash
@@ -25,6 +25,7 @@ case "$*" in
   "-m pip"*) echo "pip $*" >>"$CALLS" ;;
   "-m pytest"*on_device*) echo "$*" >>"$CALLS"; echo "${DEVICE_SAYS:-12 passed in 3.4s}"; eval "${DO_DEVICE:-true}" ;;
   "-m pytest"*fixed_step*) echo "$*" >>"$CALLS"; echo "3 passed in 1s"; eval "${DO_STEPS:-true}" ;;
+  "-m pytest"*on_gpu*) echo "$*" >>"$CALLS"; echo "27 passed in 1s"; eval "${DO_COMMANDS:-true}" ;;
   "-m pytest"*) echo "$*" >>"$CALLS"; echo "5 passed in 1s"; eval "${DO_PEERS:-true}" ;;
   "-m bench.bench_kernels"*)
     echo "$*" >>"$CALLS"
@@ -105,13 +106,14 @@ def test_every_part_runs_in_order(run: Callable[..., tuple]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert status(done.stdout) == dict.fromkeys(PARTS, "ok")
     benches = ["bench.bench_kernels", "bench.bench_train_gpu", "bench.bench_decode_gpu", "bench.bench_tiles"]
-    assert [call.split()[1] for call in calls] == ["pytest"] * 3 + benches
+    assert [call.split()[1] for call in calls] == ["pytest"] * 4 + benches
     assert "-n " in calls[0]
     assert "--dist loadgroup" in calls[0]
-    assert all("-W default" in call for call in calls[:3])
+    assert all("-W default" in call for call in calls[:4])
     assert "-m gpu tests/kernels/on_device" in calls[0]
     assert calls[1].endswith("tests/kernels/test_peers.py")
     assert calls[2].endswith("-m gpu tests/llama/test_fixed_step.py")
+    assert calls[3].endswith("-m gpu tests/test_on_gpu.py")
     assert "strict-markers" not in calls[0]
     assert "addopts" not in calls[0]
     assert sorted(p.name for p in out.iterdir()) == ["logs.txt", "summary.txt"]
@@ -137,7 +139,7 @@ def test_every_part_runs_in_order(run: Callable[..., tuple]) -> None:
 
 def test_the_time_is_shared_out(run: Callable[..., tuple]) -> None:
     _, _, calls = run(TIME="480")
-    kernels, training, decoding, tiles = (float(call.partition("--seconds ")[2].split()[0]) for call in calls[3:])
+    kernels, training, decoding, tiles = (float(call.partition("--seconds ")[2].split()[0]) for call in calls[4:])
     assert 205 < kernels <= 480 - 90 - 100 - 30 - 45  # all that is left but for the last, less what it may take beyond
     assert 295 < training <= 480 - 100 - 30 - 45
     assert 405 < decoding <= 480 - 30 - 35
@@ -154,6 +156,7 @@ def test_the_time_is_shared_out(run: Callable[..., tuple]) -> None:
         ({"DO_DEVICE": "exit 5", "DEVICE_SAYS": "no tests ran"}, "device_tests", 1),
         ({"DO_PEERS": "exit 1"}, "peers", 1),
         ({"DO_STEPS": "exit 1"}, "graph_steps", 1),
+        ({"DO_COMMANDS": "exit 1"}, "commands", 1),
         ({"DO_KERNELS": "exit 1"}, "kernels", 0),
         ({"DO_TRAINING": "exit 1"}, "training", 0),
         ({"DO_DECODING": "exit 1"}, "decoding", 0),
@@ -170,6 +173,13 @@ def test_a_part_that_fails_stops_nothing(
     assert found.pop(failed) == "FAILED"
     assert set(found.values()) == {"ok"}
     assert variables.get("DEVICE_SAYS", "") in done.stdout
+
+
+def test_what_failed_is_named_even_where_a_part_was_stopped(run: Callable[..., tuple]) -> None:
+    done, _, _ = run(
+        DO_DEVICE="echo '[gw3] [ 17%] FAILED tests/kernels/on_device/test_x.py::test_y '; sleep 9", TESTS="2"
+    )
+    assert "FAILED tests/kernels/on_device/test_x.py::test_y" in done.stdout
 
 
 def test_a_part_that_hangs_is_stopped_with_what_it_started(run: Callable[..., tuple], tmp_path: Path) -> None:
