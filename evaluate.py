@@ -355,7 +355,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run(sys.argv[1:] if argv is None else argv)
     except RuntimeError as e:
-        if type(e).__name__ != "OutOfMemoryError":
+        from llama.planner import is_out_of_memory
+
+        if not is_out_of_memory(e):
             raise
         print(f"error: {str(e).splitlines()[0]}; finished parts are kept", file=sys.stderr)
         return 2

@@ -157,8 +157,6 @@ def _load(args: argparse.Namespace, path: Path, service: Service) -> tuple[Docto
 
         database = Path(args.diseases).expanduser()
         service.grounding = grounding.beside(database, doctor.tokenizer, doctor.chat_format, doctor.place(), cards=True)
-    if service.triage:
-        triage.load()  # 0.1 s that the first request need not wait
     print(doctor.describe(), file=sys.stderr, flush=True)
     return doctor, Engine(doctor, args.rows, args.queue)
 

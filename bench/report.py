@@ -70,7 +70,7 @@ def write(path: Path, results: Any, one_line_each: bool = False, **facts: Any) -
 
 
 def percentile(values: Sequence[float], p: int) -> float:
-    """The value that p of a hundred do not exceed; with fewer than 20 values, p95 is the largest."""
+    """The value that p of a hundred do not exceed; of at most 20 values, p95 is the largest."""
     return sorted(values)[min(len(values) - 1, len(values) * p // 100)]
 
 

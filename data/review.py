@@ -170,6 +170,11 @@ def write_export(source: str, target: str) -> None:
     print(f"{len(found.records)} records in {out}, {len(found.pairs)} pairs in {pairs_file(out)}; left out: {counts}")
 
 
+def pairs_file(out: Path) -> Path:
+    """Where the pairs go beside the records of an export."""
+    return out.with_suffix(".pairs.jsonl")
+
+
 # --- erasing --------------------------------------------------------------------------------------
 
 
@@ -184,8 +189,3 @@ def erase(source: str, numbers: Sequence[int] | None) -> None:
             raise ValueError(f"{source}: there is no rating {missing[0]}; nothing was erased")
         erased = sum(feedback.erase(n) for n in set(numbers))
     print(f"{source}: ratings erased: {erased}; what was exported before still holds them")
-
-
-def pairs_file(out: Path) -> Path:
-    """Where the pairs go beside the records of an export."""
-    return out.with_suffix(".pairs.jsonl")

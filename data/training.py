@@ -14,7 +14,7 @@ from typing import Any
 from data import loader, synthesize
 from data.cache import content_hash
 from data.conditions import SAMPLE
-from data.records import RejectedFile, read_records
+from data.records import BadRecord, RejectedFile, read_records
 from llama import provenance
 from llama.arguments import TrainArguments
 from llama.chat import ChatFormat
@@ -27,14 +27,18 @@ def training_texts(args: TrainArguments) -> Iterable[str]:
     """What a tokenizer is trained on: every message of the first 50,000 records of each file, bad ones passed over.
 
     Of long texts no more than 50 million characters a file; SentencePiece passes over lines of more than 4,192 bytes.
+    BadRecord, the first one, if no file has a usable record: why they are bad says more than that there are no texts.
     """
-    bad: list[ValueError] = []
+    first_bad: BadRecord | None = None
     some = False
+
+    def pass_over(bad: BadRecord, raw: bytes) -> None:
+        nonlocal first_bad
+        first_bad = first_bad or bad
+
     for file in args.data_path:
         left, choices = 50_000_000, {"answer": args.answer, "pairs": args.pairs}
-        records = read_records(
-            file, instruction=args.instruction or "", on_bad=lambda why, raw: bad.append(why), **choices
-        )
+        records = read_records(file, instruction=args.instruction or "", on_bad=pass_over, **choices)
         for _, record in zip(range(50_000), records, strict=False):
             some = True
             for text in (m.content for m in record.dialogue.messages):
@@ -42,8 +46,8 @@ def training_texts(args: TrainArguments) -> Iterable[str]:
                 left -= len(text)
             if left < 0:
                 break
-    if bad and not some:
-        raise bad[0]
+    if first_bad and not some:
+        raise first_bad
 
 
 def open_data(

@@ -24,6 +24,7 @@ from llama.cache import Part, RaggedCache
 from llama.chat import ChatFormat, Dialogue, Message, render
 from llama.generation import CHUNK, Answer, Request, limits, new_cache, room_for
 from llama.model import Llama
+from llama.planner import is_out_of_memory
 from llama.prefixes import Prefixes, as_array, shared
 from llama.row_step import RowStep
 from llama.sampling import NotFinite, Sampler, SamplingParams, TokenLogprobs
@@ -335,7 +336,7 @@ def _trouble(e: Exception) -> str:
     """What is said of an error that ends one answer; any other is raised again."""
     if isinstance(e, NotFinite):
         return str(e)
-    if isinstance(e, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(e):
+    if is_out_of_memory(e):
         return OUT_OF_MEMORY
     raise e
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -19,7 +19,7 @@ from llama.batching import Batch
 from llama.cache import KVCache
 from llama.chat import ChatFormat
 from llama.generation import Request
-from llama.likelihood import PASS, answer_losses, continuations
+from llama.likelihood import PASS, answer_losses, continuations, packs
 from llama.model import Llama
 from llama.sampling import SamplingParams
 from llama.tokenizer import Tokenizer
@@ -125,7 +125,7 @@ class Examinee:
         order = sorted(range(len(items)), key=lambda i: -size(items[i]))
         results: list[Any] = [None] * len(items)
         with self._bar(len(items)) as bar:
-            for piece in _packs([items[i] for i in order], size, PIECE):
+            for piece in packs([size(items[i]) for i in order], PIECE):
                 numbers = [order[i] for i in piece]
                 for number, result in zip(numbers, work([items[i] for i in numbers]), strict=True):
                     results[number] = result
@@ -140,7 +140,7 @@ class Examinee:
 def prefill(model: Llama, prompts: Sequence[Ids]) -> None:
     """Read prompts into KV caches, packed as batching.py packs them: what scoring is compared with."""
     weight = model.norm.weight
-    for pack in _packs(prompts, len, PASS):
+    for pack in packs([len(ids) for ids in prompts], PASS):
         row, starts = [], []
         for i in pack:
             starts += [len(row)] * len(prompts[i])
@@ -149,17 +149,3 @@ def prefill(model: Llama, prompts: Sequence[Ids]) -> None:
         start = torch.tensor([starts], dtype=torch.int32, device=weight.device)
         ids = torch.tensor([row], device=weight.device)
         model(ids, documents=(start, torch.full_like(start, len(row))), cache=cache, last_only=True)
-
-
-def _packs(items: Sequence[Item], size: Callable[[Item], int], room: int) -> Iterator[list[int]]:
-    """Places of items that go together, in their order."""
-    pack: list[int] = []
-    held = 0
-    for i, item in enumerate(items):
-        if pack and held + size(item) > room:
-            yield pack
-            pack, held = [], 0
-        pack.append(i)
-        held += size(item)
-    if pack:
-        yield pack

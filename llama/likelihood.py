@@ -34,7 +34,7 @@ def answer_losses(
         if len(ids) > most:
             raise ValueError(f"document {number} is {len(ids):,} tokens long; the model's context holds {most:,}")
     losses: list[Tensor] = [torch.empty(0)] * len(documents)
-    for numbers in _packs([len(ids) for ids, _ in documents], tokens_per_pass):
+    for numbers in packs([len(ids) for ids, _ in documents], tokens_per_pass):
         targets = torch.tensor([t for number in numbers for t in targets_of(*documents[number])])
         wanted = (targets != IGNORE).nonzero()[:, 0]
         if not len(wanted):
@@ -69,7 +69,7 @@ def continuations(
             raise ValueError(f"question {number} takes {length:,} tokens; the model's context holds {most:,}")
     results: list[list[Tensor]] = [[torch.empty(0)] * len(endings) for _, endings in questions]
     trees = [tree for number, question in enumerate(questions) for tree in _trees(number, *question, tokens_per_pass)]
-    for pack in _packs([tree.size for tree in trees], tokens_per_pass):
+    for pack in packs([tree.size for tree in trees], tokens_per_pass):
         some = [trees[i] for i in pack]
         found = iter(_grown(model, some))
         for tree in some:
@@ -95,7 +95,7 @@ class _Tree(NamedTuple):
 def _trees(number: int, prefix: Ids, endings: Sequence[Ids], room: int) -> Iterator[_Tree]:
     """A question in parts that fit into a pass, or that are half continuations where its prefix leaves less room."""
     room = max(room - len(prefix), len(prefix))
-    for places in _packs([len(ending) - 1 for ending in endings], room):
+    for places in packs([len(ending) - 1 for ending in endings], room):
         yield _Tree(number, prefix, places, [endings[i] for i in places])
 
 
@@ -140,8 +140,8 @@ def _chosen(logits: Tensor, places: Tensor, ids: Tensor) -> Tensor:
     return found
 
 
-def _packs(lengths: Sequence[int], room: int) -> Iterator[list[int]]:
-    """Numbers of what shares a pass, in their order."""
+def packs(lengths: Sequence[int], room: int) -> Iterator[list[int]]:
+    """Numbers of what goes together, in their order: as many as have room, and one at least."""
     pack: list[int] = []
     held = 0
     for number, length in enumerate(lengths):

@@ -1,9 +1,9 @@
 """Where a model comes from: `provenance.json` in its directory, a stage for each command that made it.
 
 train.py and convert_weights.py write it, evaluate.py reads it; a GGUF file has the same document under a key of its
-own (gguf_files.py). A stage says which command ran with which versions, what
-it started from (with a hash), and which data files it saw (with a hash, how many records, licence when known, and what
-their cleaning reported). The stages of the model that a run starts from come first. Knows JSON and files, no tensors.
+own (gguf_files.py). A stage says which command ran with which versions, what it started from (with a hash), and which
+data files it saw (with a hash, how many records, licence when known, and what their cleaning reported). The stages of
+the model that a run starts from come first. Knows JSON and files, no tensors.
 """
 
 from __future__ import annotations

@@ -100,9 +100,8 @@ class RowStep:
         return (x * scale).mul_(weight)
 
 
-Attend = Callable[
-    [int, Tensor], Tensor
-]  # a layer's number and its queries (B, H, K) -> (B, H * K), of one row (H * K,)
+# A layer's number and its queries (B, H, K) -> (B, H * K), of one row (H * K,).
+Attend = Callable[[int, Tensor], Tensor]
 
 
 def _of_one(row: Seen, G: int, K: int) -> Attend:

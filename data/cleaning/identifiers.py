@@ -14,7 +14,6 @@ from collections.abc import Callable
 from data.cleaning.rewrite import Rule
 
 _UP = "A-ZÀ-ÖØ-ÞĀĂĄĆČĎĐĒĖĘĚĞĢĪĮİĶĹĻĽŁŃŅŇŐŒŔŘŚŞŠŢŤŪŮŰŲŹŻŽ"
-_NOT_IN_WORD = r"(?<![\w.,/@[-])"
 
 # --- e-mails and URLs -----------------------------------------------------------------------------
 
@@ -184,7 +183,6 @@ _TOWN = (
     rf"[ ]?{_TOWN_CODE}(?:,?[ ]{_TOWN_WORD}(?:[ -]{_TOWN_WORD}){{0,2}})?)?){{0,4}}"
 )
 _NUMBER = r"\d{1,5}(?:[A-Z]|[a-z]\b(?:/\d{1,4})?|-\d{1,4}[A-Z]?|/\d{1,4}[A-Z]?|[ ]?bis)?"
-_UNIT_BEFORE = re.compile(rf"(?:\b{_UNIT}\.?[ ]?#?[\w/-]{{1,6}},?|#[\w/-]{{1,6}},)[ ]$", re.I)
 _HOUSE = re.compile(
     rf"(?<![\w.,/@\[-]){_NUMBER},?[ ](?:(?:{_PART}[ ]){{1,4}}?{_STREET}\b\.?(?:[ ][NSEW]{{1,2}}\b\.?|[ ]Extension)?|"
     rf"(?:rue|avenue|boulevard|place|chemin|allée|impasse|quai|cours|route)[ ](?:(?:de|du|des|la|le|les|l'|d')[ ]?)*"

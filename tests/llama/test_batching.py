@@ -328,15 +328,23 @@ def test_without_memory_the_longest_answer_goes(small_tokenizer: Tokenizer) -> N
     assert len(answers[3].token_ids) == 11
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory",
+        "Triton Error [CUDA]: out of memory",
+    ],
+    ids=["torch on a CPU", "triton"],
+)
 def test_a_row_without_memory_is_not_half_there(
-    model: Llama, small_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    words: str, model: Llama, small_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three prompts in one pass, of which the second finds no place in the cache."""
     join = RaggedCache.join
 
     def narrow(self: RaggedCache, source: KVCache, at: int, n: int) -> None:
         if n == 24:
-            raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory")
+            raise RuntimeError(words)
         join(self, source, at, n)
 
     monkeypatch.setattr(RaggedCache, "join", narrow)
