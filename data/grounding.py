@@ -138,9 +138,12 @@ _PARTS = re.compile(r" such as | or | and |[(),]")
 
 class Names:
     """Tests and medications of a database, found in texts by whole words: in any number, in lay words or clinical ones,
-    the longest name at each place. Of medications their parts count too ("antibiotics such as nitrofurantoin")."""
+    the longest name at each place. Of medications their parts count too ("antibiotics such as nitrofurantoin").
 
-    def __init__(self, database: Database) -> None:
+    conditions: names of diseases as well, but for those that are symptoms too.
+    """
+
+    def __init__(self, database: Database, conditions: bool = False) -> None:
         self._clinical = database.clinical
         self._by_first: dict[str, set[tuple[str, ...]]] = {}
         self._no_names = set(self._clinical(_NO_NAMES))
@@ -152,6 +155,10 @@ class Names:
         for part in {p.strip() for name in medications for p in _PARTS.split(name)}:
             words = tuple(self._clinical(part))
             if not known.issuperset(words):
+                self._add(words)
+        if conditions:
+            symptoms = {tuple(self._clinical(name)) for name in database.names("symptoms")}
+            for words in {tuple(self._clinical(name)) for name in database.names("diseases")} - symptoms:
                 self._add(words)
 
     def _add(self, words: tuple[str, ...]) -> None:
@@ -214,7 +221,7 @@ class Grounding(Attendant):
         if not (database.names("diseases") or database.search("what", 1, PASSAGE)):
             raise ValueError(f"{database.path}: holds no row to answer from; build it from other sources")
         self.database, self._size, self._room, self._cards = database, size, room, cards
-        self._names = Names(database)
+        self._names = Names(database, conditions=True)
         self._search = lru_cache(_REMEMBERED)(lambda text: tuple(search(database, text)))
 
     def found(self, questions: Sequence[str]) -> Found:
@@ -251,7 +258,7 @@ class Grounding(Attendant):
 
     def fields(self, dialogue: Dialogue, answer: str) -> dict[str, Any]:
         """Ids that were given, rows that are cited, given ones that are named without a citation, ids that were not
-        given, and tests and medications that none of these rows holds."""
+        given, and tests, medications and conditions that none of these rows holds."""
         given = {e.id: e for e in self.found(_questions(dialogue)).rows}
         ids, words = cited_ids(answer), _singular(answer)
         cited = [given[i] for i in ids if i in given]

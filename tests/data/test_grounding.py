@@ -204,6 +204,8 @@ def test_behind_an_answer_stand_the_cited_rows_and_what_has_no_source(database: 
     assert ([r["id"] for r in named["named"]], named["cited"]) == ([entry.id], [])
     assert named["unsourced"] == ["colchicine"]
     assert "rests on none" in (attendant.after(asked(URINE), "Rest.") or "")
+    other = attendant.after(asked(URINE), f"This fits gout [DB {entry.id}]. Tests: a urine culture.") or ""
+    assert "Unsourced: gout." in other
     url = attendant.after(asked("What is Marfan syndrome?"), f"See [DB {search(database, 'Marfan syndrome')[0].id}].")
     assert "https://x/marfan" in (url or "")
 
