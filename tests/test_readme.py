@@ -151,6 +151,13 @@ def test_load_over_http_is_measured() -> None:
     assert f"| {tokens} tokens a second of the server's processor time, first text within {first} s (p95) |" in README
 
 
+def test_the_soak_is_measured() -> None:
+    soak: Any = json.loads((ROOT / "bench/results/soak_cpu.json").read_text())["results"]
+    assert soak["seconds"] >= 600
+    assert soak["rows_taken_at_the_end"] == soak["failed"] == soak["differ"] == 0
+    assert f"memory {100 * soak['drift']:+.2f} %, every row free, {soak['finished']:,} answers" in README
+
+
 def test_what_rounding_costs_is_measured() -> None:
     rows = {(r["weights"], r["rounding"], r["group"]): r for r in result("quantised_cpu.json")}
     figures = [
