@@ -64,6 +64,8 @@ class Attention(nn.Module):
         length, scales = None, None
         if memory is not None:
             k, v, length, scales = memory(k, v)
+        if only is not None and not len(only):  # the cache has what it wanted
+            return x.new_empty(0, x.shape[-1])
         y = kernels.attention(q, k, v, documents, length, scales).reshape(B, T, -1)
         return self.o(y if only is None else y.flatten(0, 1)[only])
 
@@ -104,6 +106,8 @@ class Block(nn.Module):
     ) -> Tensor:
         """The stream (B, T, D) after this block, or only these (n,) of its rows, (n, D)."""
         y = self.attn(self.attn_norm(x), rotation, documents, memory, only)
+        if only is not None and not len(only):
+            return y
         x, y = self.mlp_norm(y, x if only is None else x.flatten(0, 1)[only])
         return x + self.mlp(y)
 
@@ -184,7 +188,7 @@ class Llama(nn.Module):
             x = layer(x, rotation, documents, memory, only if i == len(self.layers) - 1 else None)
         if cache is not None:
             cache.advance(T)
-        if only is not None and not len(x):
+        if only is not None and not len(only):
             return x.new_empty(0, self.config.vocab_size)
         x = self.norm(x[:, -1:] if last_only else x)
         if targets is None:

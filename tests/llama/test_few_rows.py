@@ -9,6 +9,7 @@ from torch import Tensor
 
 import kernels
 from llama import few_rows
+from llama.cache import KVCache
 from llama.config import LlamaConfig
 from llama.generation import lay_out_for_decoding
 from llama.model import Llama
@@ -133,6 +134,23 @@ def test_a_quantised_model_laid_out_gives_the_same_logits(scheme: Scheme, tied: 
     assert type(model.layers[0].attn.joined) is not QuantisedLinear
     assert after.dtype == torch.float32
     assert (after - exact).square().mean() <= 2 * (before - exact).square().mean()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES[:3])
+@torch.inference_mode()
+def test_a_prompt_is_read_without_a_row_of_logits(scheme: Scheme) -> None:
+    """As batching reads all of a prompt but its end: the last block then has no row for its products."""
+    config = LlamaConfig(64, 2, 4, 2, 128, 100)
+    model = Llama(config)
+    model.init_weights(0)
+    replace(model.layers, lambda _, linear: nearest(linear.weight, scheme), scheme.bits)
+    lay_out_for_decoding(model)
+    tokens = torch.arange(12)[None]
+    read, whole = (KVCache(config, 1, 12, "cpu", torch.float32) for _ in range(2))
+    assert model(tokens, cache=read, only=torch.empty(0, dtype=torch.int64)).shape == (0, 100)
+    model(tokens, cache=whole, last_only=True)
+    for a, b in zip(read._kv, whole._kv, strict=True):
+        assert torch.equal(a, b)
 
 
 def wide(model: Llama) -> Llama:
