@@ -34,7 +34,7 @@ class Rule:
     """A pattern and what becomes of its matches; None from replace leaves one.
 
     keys, guard: what a text must hold for the pattern to match at all, cheap to look for: one of these texts, in lower
-    case unless cased; a pattern. tail: only so many last characters are looked at.
+    case unless cased; a pattern; a character beyond ASCII. tail: only so many last characters are looked at.
     """
 
     name: str
@@ -43,11 +43,14 @@ class Rule:
     keys: tuple[str, ...] = ()
     guard: re.Pattern[str] | None = None
     cased: bool = False
+    beyond_ascii: bool = False
     tail: int = 0
     drops: bool = False  # takes whole placeholders along with the sentence they stand in
 
     def can_match(self, text: str, lower: str, guards: dict[re.Pattern[str], bool]) -> bool:
         """Whether the pattern is worth trying; guards remembers what each guard found in this text."""
+        if self.beyond_ascii and text.isascii():
+            return False
         if self.guard is not None:
             if self.guard not in guards:
                 guards[self.guard] = self.guard.search(text) is not None

@@ -18,8 +18,9 @@ _SPACES = dict.fromkeys(
     "\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000", " "
 )
 _INVISIBLE = dict.fromkeys("\u200b\u2060\ufeff\xad\u200e\u200f", "")
-_CHARACTERS = {**_STRAIGHT, **_SPACES, **_INVISIBLE, "\u2028": "\n", "\u2029": "\n\n", "\r\n": "\n", "\r": "\n"}
-_CHARACTER = re.compile("\r\n|[" + "".join(re.escape(c) for c in _CHARACTERS if len(c) == 1) + "]")
+_CHARACTERS = {**_STRAIGHT, **_SPACES, **_INVISIBLE, "\u2028": "\n", "\u2029": "\n\n"}
+_CHARACTER = re.compile("[" + "".join(map(re.escape, _CHARACTERS)) + "]")
+_RETURN = re.compile("\r\n?")
 # Zero-width joiners belong to emoji, Persian and Indic words; between Latin letters they are litter.
 _JOINER = re.compile(r"(?<=[\x00-\u024f])[\u200c\u200d]+(?=[\x00-\u024f]|$)|^[\u200c\u200d]+")
 
@@ -94,9 +95,10 @@ def _without(m: re.Match[str]) -> str:
 
 
 TYPOGRAPHY = (
-    Rule("mojibake", _MOJIBAKE, _decoded),
+    Rule("mojibake", _MOJIBAKE, _decoded, beyond_ascii=True),
     Rule("mojibake", _MOJIBAKE_CUT, lambda m: '"', ("â€",)),
-    Rule("characters", _CHARACTER, lambda m: _CHARACTERS[m[0]]),
+    Rule("characters", _CHARACTER, lambda m: _CHARACTERS[m[0]], beyond_ascii=True),
+    Rule("characters", _RETURN, lambda m: "\n", ("\r",)),
     Rule("zero_width", _JOINER, lambda m: "", ("\u200c", "\u200d")),
 )
 SPACING = (
