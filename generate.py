@@ -525,10 +525,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run(sys.argv[1:] if argv is None else argv)
     except RuntimeError as e:
-        if type(e).__name__ == "OutOfMemoryError":
-            print(
-                f"error: {str(e).splitlines()[0]}; shorten the dialogue, or free memory with --offload", file=sys.stderr
-            )
+        from llama import planner
+
+        if planner.is_out_of_memory(e):
+            spare = "take --dtype bfloat16 or a quantised model" if "CPU" in str(e) else "free memory with --offload"
+            print(f"error: {planner.first_line(e)}; shorten the dialogue, or {spare}", file=sys.stderr)
             return 2
         if LAUNCHED:
             from llama.elastic import lost_peer

@@ -272,6 +272,32 @@ def test_mistakes_get_one_line_and_exit_2(generate: Generate, argv: list[str], s
     assert says in err
 
 
+@pytest.mark.parametrize(
+    ("said", "remedy"),
+    [
+        ("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA", "free memory with --offload"),
+        ("Triton Error [CUDA]: out of memory", "free memory with --offload"),
+        (
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes",
+            "a quantised model",
+        ),
+    ],
+)
+def test_lack_of_memory_is_one_line(
+    said: str, remedy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def short(argv: list[str]) -> int:
+        raise RuntimeError(said)
+
+    import generate as script
+
+    monkeypatch.setattr(script, "run", short)
+    assert script.main([]) == 2
+    err = capsys.readouterr().err
+    assert err == f"error: {said.splitlines()[0]}; shorten the dialogue, or {err.partition(', or ')[2]}"
+    assert remedy in err
+
+
 def test_stdin_that_is_no_utf8(generate: Generate) -> None:
     code, _, err = generate("--prompt", "-", stdin=b"caf\xe9")
     assert (code, err) == (2, "error: stdin is not valid UTF-8 at byte 3\n")
