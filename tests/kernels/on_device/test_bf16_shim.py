@@ -38,14 +38,6 @@ BINARY = {
 }
 
 
-FUSED = {
-    "fma": lambda x, y: x * y + x,
-    "constant": lambda x, y: (x.double() * torch.tensor(0.3, dtype=x.dtype) + torch.tensor(1.7, dtype=x.dtype)).to(
-        x.dtype
-    ),
-}
-
-
 @triton.jit
 def binary(X: tl.tensor, Y: tl.tensor, O: tl.tensor, OP: tl.constexpr, N: tl.constexpr) -> None:  # noqa: E741
     i = tl.arange(0, N)
@@ -152,10 +144,10 @@ def test_elementwise(pair: tuple[Tensor, Tensor], operation: str) -> None:
         x, y = x.nan_to_num(0.5), y.nan_to_num(0.5)  # where NaN goes, triton 3.6 and 3.9 do not agree in any type
     out = torch.empty_like(x)
     binary[(1,)](x, y, out, operation, N)
-    right = bits(out) == bits(BINARY[operation](x, y))
-    if operation in FUSED and x.is_cuda:  # a + b * c may be rounded once there, or twice
-        right |= bits(out) == bits(FUSED[operation](x, y))
-    assert right.all()
+    want = BINARY[operation](x, y)
+    # A device may round a product and a sum together: seen on an H200 in these two.
+    last_places = 1 if x.is_cuda and operation in ("fma", "constant") else 0
+    assert ((bits(out) - bits(want)).abs() <= last_places).all()
 
 
 @pytest.mark.parametrize("source", [torch.float32, torch.float64, torch.float16, torch.int32, torch.int64, torch.bool])
