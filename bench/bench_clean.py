@@ -7,7 +7,8 @@ ChatDoctor's 5k; one is found when no word of it is left. Damage: words that the
 answers and that are no identifier, of all words. MedQuAD does hold telephone numbers, addresses and names;
 bench/clean_judged.txt lists the hashes of those replacements that a person read and found to be identifiers, and
 everything else counts as damage and is printed (--list prints every replacement, to judge). Clinical words: every word
-with "dr" in MedQuAD and in format_dataset.csv, in several sentences. Throughput: process time of one core. Writes bench/results/clean_cpu.json.
+with "dr" in MedQuAD and in format_dataset.csv, in several sentences. Throughput: process time of one core. Writes
+bench/results/clean_cpu.json.
 """
 
 from __future__ import annotations
