@@ -150,15 +150,17 @@ class Names:
         medications = database.names("medications")
         for name in (*database.names("tests"), *medications):
             self._add(tuple(self._clinical(name)))
+        symptoms, diseases = (
+            {tuple(self._clinical(name)) for name in database.names(kind)} for kind in ("symptoms", "diseases")
+        )
         # A part that is a word of symptoms or diseases as well ("water") would be found everywhere.
-        known = {w for kind in ("symptoms", "diseases") for name in database.names(kind) for w in self._clinical(name)}
+        known = {word for name in symptoms | diseases for word in name}
         for part in {p.strip() for name in medications for p in _PARTS.split(name)}:
             words = tuple(self._clinical(part))
             if not known.issuperset(words):
                 self._add(words)
         if conditions:
-            symptoms = {tuple(self._clinical(name)) for name in database.names("symptoms")}
-            for words in {tuple(self._clinical(name)) for name in database.names("diseases")} - symptoms:
+            for words in diseases - symptoms:
                 self._add(words)
 
     def _add(self, words: tuple[str, ...]) -> None:

@@ -42,12 +42,12 @@ QUESTION = "Doctor, I have a burning pain when I pass urine and go very often."
 GREEDY = ["--temperature", "0", "--max_new_tokens", "40", "--triage", "off"]
 
 
-def run(*argv: object, limit: float = 120, ok: bool = True) -> tuple[str, str]:
+def run(*argv: object, limit: float = 120) -> tuple[str, str]:
     """stdout and stderr of a Python command that must succeed."""
     done = subprocess.run(
         [sys.executable, *map(str, argv)], cwd=ROOT, capture_output=True, text=True, timeout=limit, check=False
     )
-    assert not ok or done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout, done.stderr
 
 
