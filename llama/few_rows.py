@@ -144,7 +144,7 @@ class Int8Linear(nn.Module):
             some, n = max(1, COPIED // self.q.shape[1]), len(rows)
             rows = _whole_steps(rows)
             y = torch.cat([F.linear(rows, q.bfloat16())[:n] for q in self.q.split(some)], dim=1).mul_(self.scales)
-        return y.float().view(*x.shape[:-1], -1)
+        return y.float().view(*x.shape[:-1], len(self.q))
 
 
 class Int4Linear(nn.Module):

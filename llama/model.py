@@ -106,8 +106,6 @@ class Block(nn.Module):
     ) -> Tensor:
         """The stream (B, T, D) after this block, or only these (n,) of its rows, (n, D)."""
         y = self.attn(self.attn_norm(x), rotation, documents, memory, only)
-        if only is not None and not len(only):
-            return y
         x, y = self.mlp_norm(y, x if only is None else x.flatten(0, 1)[only])
         return x + self.mlp(y)
 
@@ -188,8 +186,6 @@ class Llama(nn.Module):
             x = layer(x, rotation, documents, memory, only if i == len(self.layers) - 1 else None)
         if cache is not None:
             cache.advance(T)
-        if only is not None and not len(only):
-            return x.new_empty(0, self.config.vocab_size)
         x = self.norm(x[:, -1:] if last_only else x)
         if targets is None:
             # A tied model has a head only where one was given to it to decode faster.
